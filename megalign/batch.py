@@ -1,0 +1,142 @@
+"""What travels through the house: Batch (always packed), Completion, Slice, Counts, Metric. Torch only.
+
+Shape legend: T tokens of a packed microbatch, S its real sequences, H hidden size, V vocabulary.
+A token column speaks of the token at its own index: logprobs[t] = log p(tokens[t] | earlier tokens of the
+same sequence), and loss_mask[t] says whether tokens[t] counts. The first token of a sequence has logprob 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One packed microbatch. Phases add columns; none changes one.
+
+    `cu_seqlens` covers T exactly. When it holds one sequence more than `num_sequences`, the last is a dummy
+    that fills T up to the multiple which the layout needs; its mask is False everywhere.
+    """
+
+    tokens: Tensor  # [T] int64
+    cu_seqlens: Tensor  # [S + 1] or, with the dummy tail, [S + 2]; int32
+    num_sequences: int  # S
+    token_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each
+    sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S] each
+
+    def __post_init__(self) -> None:
+        for name, column in self.token_columns.items():
+            assert column.shape == self.tokens.shape, f"token column {name}: {tuple(column.shape)}"
+        for name, column in self.sequence_columns.items():
+            assert column.shape == (self.num_sequences,), f"sequence column {name}: {tuple(column.shape)}"
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.token_columns[name] if name in self.token_columns else self.sequence_columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.token_columns or name in self.sequence_columns
+
+    def with_token_columns(self, **columns: Tensor) -> Batch:
+        """The same batch with more [T] columns; a column is never replaced."""
+        clash = [name for name in columns if name in self]
+        assert not clash, f"columns {clash} are already in the batch"
+        return replace(self, token_columns={**self.token_columns, **columns})
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the dummy tail included: all tokens that the model is fed."""
+        return self.tokens.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] length of each real sequence (int64)."""
+        return self.cu_seqlens.diff()[: self.num_sequences].long()
+
+    @property
+    def max_seqlen(self) -> int:
+        """The longest sequence, the dummy tail included."""
+        return int(self.cu_seqlens.diff().max())
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """[T] index of the sequence a token belongs to; the dummy tail has index S."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+    def per_sequence_sum(self, column: Tensor) -> Tensor:
+        """[T] -> [S], the sum of a token column over each real sequence; differentiable."""
+        sums = column.new_zeros(self.num_sequences + 1)
+        return sums.index_add(0, self.sequence_ids, column)[: self.num_sequences]
+
+    def per_token(self, column: Tensor) -> Tensor:
+        """[S] -> [T], a sequence's value at each of its tokens; 0 on the dummy tail; differentiable."""
+        padded = torch.cat([column, column.new_zeros(1)])
+        return padded[self.sequence_ids]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            token_columns={name: column.to(device) for name, column in self.token_columns.items()},
+            sequence_columns={name: column.to(device) for name, column in self.sequence_columns.items()},
+        )
+
+    @classmethod
+    def dummy(cls, num_tokens: int) -> Batch:
+        """A batch without a real sequence: what a rank feeds when it has no rows left."""
+        return cls(
+            tokens=torch.zeros(num_tokens, dtype=torch.int64),
+            cu_seqlens=torch.tensor([0, num_tokens], dtype=torch.int32),
+            num_sequences=0,
+            token_columns={"loss_mask": torch.zeros(num_tokens, dtype=torch.bool)},
+        )
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """One sampled answer, with all that later phases need to know of it."""
+
+    index: int  # its place in the job's list of prompts
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]  # the sampler's, one for each completion token
+    finish_reason: Literal["stop", "length"]
+    policy_version: int  # optimizer steps taken by the policy that sampled it
+    completion_mask: list[bool] = field(default_factory=list)  # False where a tool wrote the token
+    row: Mapping[str, Any] = field(default_factory=dict)  # the dataset row's other columns
+
+    def __post_init__(self) -> None:
+        if not self.completion_mask:
+            self.completion_mask = [True] * len(self.completion_ids)
+
+
+class Slice(NamedTuple):
+    """A part of one Hugging Face tensor: the only currency between a Megatron model and the outside."""
+
+    hf_name: str
+    full_shape: tuple[int, ...]
+    index: tuple[slice, ...]  # where `tensor` stands in the whole
+    tensor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Global counts of one optimizer step: over all microbatches and data-parallel ranks."""
+
+    tokens: float  # loss tokens
+    sequences: float
+    generation_tokens: float = float("nan")  # GRPO's dapo: loss tokens of the whole generation batch, a step's share
+
+
+class Metric(NamedTuple):
+    """A microbatch's share of a metric; `sum` shares are already divided by a global count."""
+
+    value: Tensor
+    reduce: Literal["sum", "min", "max"] = "sum"

@@ -1,0 +1,180 @@
+"""The training loop, the model and the data: transformers' TrainingArguments' names and meanings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalign.config.base import Config, config
+from megalign.config.values import option
+from megalign.errors import UserError
+
+_INTERVALS = ("no", "steps", "epoch")
+_SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+@config
+class LoopConfig(Config):
+    """Model, data, batch sizes, AdamW, schedule, logging, evaluation, checkpoints."""
+
+    model_name_or_path: str | None = None
+    """Hugging Face model directory (relative to the current directory) or hub name."""
+    dataset_name: str | None = None
+    """Rows to train on: a local .jsonl or .parquet file, a directory, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of a hub dataset."""
+    dataset_train_split: str = "train"
+    """Split of dataset_name that is trained on."""
+    dataset_test_split: str = "test"
+    """Split that is evaluated on, when eval_strategy or eval_on_start ask for it."""
+    eval_dataset_name: str | None = None
+    """Rows to evaluate on, where they are not a split of dataset_name: a file, a directory or a hub name."""
+    output_dir: str = "trainer_output"
+    """Where metrics.jsonl, checkpoints and the final model are written."""
+
+    max_steps: int = option(-1, minimum=-1)
+    """Optimizer steps to take; above 0 it overrides num_train_epochs."""
+    num_train_epochs: float = option(3.0, above=0)
+    """Passes over the training rows."""
+    per_device_train_batch_size: int = option(8, minimum=1)
+    """Dataset rows (for GRPO: completions) per data-parallel rank and microbatch; a device is a DP rank."""
+    per_device_eval_batch_size: int = option(8, minimum=1)
+    """The same for evaluation."""
+    gradient_accumulation_steps: int = option(1, minimum=1)
+    """Microbatches per optimizer step; with pipeline stages, more of them keep the pipeline fuller."""
+    learning_rate: float = option(5e-5, minimum=0)
+    """AdamW's peak learning rate."""
+    lr_scheduler_type: str = option(
+        "linear",
+        choices=_SCHEDULES,
+        why="schedules that follow a metric are not built, nearest is constant_with_warmup",
+    )
+    """Shape of the learning rate over the steps; transformers' own schedules."""
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Further arguments of the schedule, e.g. {"min_lr": 1e-7} for cosine_with_min_lr."""
+    warmup_steps: float = option(0.0, minimum=0)
+    """Steps in which the learning rate rises from 0; below 1 it is a fraction of all steps."""
+    weight_decay: float = option(0.0, minimum=0)
+    """AdamW's decoupled weight decay; biases and norm weights are left out, as in transformers."""
+    adam_beta1: float = option(0.9, minimum=0, maximum=1)
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = option(0.999, minimum=0, maximum=1)
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = option(1e-8, minimum=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = option(1.0, minimum=0)
+    """Gradients are clipped to this global norm; 0 does not clip."""
+    seed: int = option(42, minimum=0)
+    """Seed of initialisation, data order and sampling."""
+    data_seed: int | None = option(None, minimum=0)
+    """Seed of the data order alone; seed when not given."""
+    bf16: bool | None = None
+    """Weights and activations in bfloat16 with fp32 master weights and fp32 gradients; False is fp32
+    throughout. Not given: True on CUDA, False on CPU. (TRL's True keeps fp32 weights under autocast: twice
+    the memory.)"""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass instead of keeping them: less memory, more arithmetic.
+    recompute_granularity says which."""
+    recompute_granularity: str | None = option(None, choices=("full", "selective"))
+    """What gradient_checkpointing recomputes: selective (the core attention; also when not given) or full
+    (whole layers)."""
+
+    logging_strategy: str = option("steps", choices=_INTERVALS)
+    """When metrics go to the progress display, the reporters and metrics.jsonl: no, steps or epoch."""
+    logging_steps: float = option(10.0, above=0)
+    """Steps between two logs; below 1 a fraction of all steps."""
+    logging_first_step: bool = False
+    """Also log step 1."""
+    report_to: list[str] = option([])
+    """Reporters of transformers that also receive the metrics: tensorboard, wandb, mlflow ...; none for
+    none."""
+    run_name: str | None = None
+    """Name of the run for the reporters; output_dir when not given."""
+    project: str = "huggingface"
+    """Project of the run for the reporters that have projects (trackio)."""
+    disable_tqdm: bool = False
+    """Print log lines instead of a progress bar."""
+
+    eval_strategy: str = option("no", choices=_INTERVALS)
+    """When to evaluate: no, steps or epoch."""
+    eval_steps: float | None = option(None, above=0)
+    """Steps between two evaluations; below 1 a fraction of all steps; logging_steps when not given."""
+    eval_delay: float = option(0.0, minimum=0)
+    """Steps (or epochs, by eval_strategy) before the first evaluation."""
+    eval_on_start: bool = False
+    """Evaluate once before the first step."""
+
+    save_strategy: str = option(
+        "steps", choices=_INTERVALS, why="keeping the best one is not built yet, nearest is steps"
+    )
+    """When to write output_dir/checkpoint-{step}: no, steps or epoch."""
+    save_steps: float = option(500.0, above=0)
+    """Steps between two checkpoints; below 1 a fraction of all steps."""
+    save_total_limit: int | None = option(None, minimum=1)
+    """Keep only this many of the newest checkpoints; all when not given."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint directory to go on from, or latest (in output_dir; starts afresh when there is none)."""
+    ddp_timeout: int = option(1800, minimum=1)
+    """Seconds that a rank waits for the others in a collective before the job fails."""
+
+    def __post_init__(self) -> None:
+        if self.report_to is None or self.report_to in ("none", ["none"]):
+            self.report_to = []
+        if self.resume_from_checkpoint is True:
+            self.resume_from_checkpoint = "latest"
+        super().__post_init__()
+
+    @property
+    def params_dtype_name(self) -> str:
+        """The dtype of weights and activations: "bfloat16" or "float32"."""
+        if self.bf16 is None:
+            # Imported here: --help and a wrong flag must answer without torch.
+            from megalign.device import on_cuda
+
+            return "bfloat16" if on_cuda() else "float32"
+        return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def engines_sleep(self) -> bool:
+        """Whether engines hand their memory over between phases; only jobs that also generate do."""
+        return False
+
+    @property
+    def data_order_seed(self) -> int:
+        """The seed of the samplers."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether training will ask for an evaluation dataset."""
+        return self.eval_strategy != "no" or self.eval_on_start
+
+    def validate(self, world_size: int) -> None:
+        """Step intervals: whole numbers, or fractions of the run below 1."""
+        super().validate(world_size)
+        if self.max_steps == 0:
+            raise UserError(
+                "max_steps=0 leaves nothing to train; give a number above 0, or -1 for num_train_epochs"
+            )
+        if self.recompute_granularity and not self.gradient_checkpointing:
+            raise UserError(
+                f"recompute_granularity={self.recompute_granularity!r} contradicts "
+                f"gradient_checkpointing=False; "
+                "drop one of them"
+            )
+        for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and value > 1 and value != int(value):
+                raise UserError(
+                    f"{name}={value} must be a whole number, or below 1 for a fraction; give {int(value)}"
+                )

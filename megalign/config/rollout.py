@@ -1,0 +1,114 @@
+"""How completions are sampled: TRL's sampling and vLLM fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalign.config.base import Config, config
+from megalign.config.values import option
+from megalign.errors import UserError
+
+
+@config
+class RolloutConfig(Config):
+    """Sampling, and vLLM inside the training ranks."""
+
+    temperature: float = option(1.0, above=0)
+    """Sampling temperature; the trainer's logprobs use the same."""
+    top_p: float = option(1.0, above=0, maximum=1)
+    """Sample from the most probable tokens that together have this probability; 1 is off."""
+    top_k: int = option(0, minimum=-1)
+    """Sample from this many most probable tokens; 0 (or -1) is off."""
+    min_p: float | None = option(None, minimum=0, maximum=1)
+    """Drop tokens less probable than this times the most probable one's probability."""
+    repetition_penalty: float = option(1.0, above=0)
+    """Above 1 makes tokens of the prompt and the answer so far less likely; 1 is off."""
+    generation_kwargs: dict[str, Any] | None = None
+    """Further fields of vLLM's SamplingParams by name, e.g. {"stop": ["\\n"], "presence_penalty": 0.1}."""
+    max_completion_length: int = option(512, minimum=1)
+    """Longest completion, in tokens."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the chat template, e.g. {"enable_thinking": false}."""
+
+    num_generations: int = option(8, minimum=2)
+    """Completions per prompt: the group that advantages are computed over."""
+    num_generations_eval: int | None = option(None, minimum=1)
+    """Completions per prompt in evaluation; num_generations when not given."""
+    generation_batch_size: int | None = option(None, minimum=1)
+    """Completions sampled at once, over the whole job; per_device_train_batch_size * data-parallel ranks *
+    steps_per_generation when not given. Give this or steps_per_generation."""
+    steps_per_generation: int | None = option(None, minimum=1)
+    """Microbatches that one round of sampling feeds; gradient_accumulation_steps (one optimizer step) when
+    not given. Must be a multiple of gradient_accumulation_steps."""
+    reward_timeout: float = option(600.0, above=0)
+    """Seconds that the reward functions may take for one round of sampling before the job stops with an
+    error."""
+
+    use_vllm: bool = option(
+        True, choices=(True,), why="completions are always sampled by vLLM, nearest is vllm_mode='colocate'"
+    )
+    """Sample with vLLM. TRL's default is False (transformers' generate), which is not built."""
+    vllm_mode: str = option(
+        "colocate",
+        choices=("colocate",),
+        why="a separate vLLM server is not built yet, nearest is vllm_tensor_parallel_size",
+    )
+    """Where vLLM runs: inside the training ranks."""
+    vllm_tensor_parallel_size: int = option(1, minimum=1)
+    """Consecutive ranks that share one vLLM replica; must divide the world size."""
+    vllm_gpu_memory_utilization: float = option(0.3, above=0, maximum=1)
+    """Share of each GPU's memory that vLLM may use (weights and KV cache)."""
+    vllm_max_model_length: int | None = option(None, minimum=2)
+    """Longest prompt plus completion, in tokens; the model's own limit when not given."""
+    vllm_enable_sleep_mode: bool = False
+    """Hand the memory over: vLLM gives its memory back while the policy trains, and the policy while vLLM
+    samples."""
+    vllm_structured_outputs_regex: str | None = None
+    """Regular expression that every completion must match."""
+    vllm_model_impl: str = option("vllm", choices=("vllm", "transformers"))
+    """vLLM's model code: its own, or transformers'."""
+    vllm_cpu_kv_cache_gib: float = option(1.0, above=0)
+    """On CPU: GiB of KV cache a rank (vllm_gpu_memory_utilization has no meaning there)."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by the trainer's probability over vLLM's, which differ a little in numerics."""
+    vllm_importance_sampling_mode: str = option(
+        "sequence_mask", choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    )
+    """Ratio per token or per sequence; truncate clips it into the range below, mask drops what is outside."""
+    vllm_importance_sampling_clip_max: float | None = option(3.0, above=0)
+    """Upper end of the ratio's range; None is open."""
+    vllm_importance_sampling_clip_min: float | None = option(None, minimum=0)
+    """Lower end of the ratio's range; None is open."""
+
+    def validate(self, world_size: int) -> None:
+        """vLLM's replicas, lengths, and the importance ratio's range."""
+        super().validate(world_size)
+        if world_size % self.vllm_tensor_parallel_size:
+            raise UserError(
+                f"vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} must divide the world size "
+                f"{world_size}; "
+                "use one of its divisors"
+            )
+        limit = self.vllm_max_model_length
+        if limit is not None and limit <= self.max_completion_length:
+            raise UserError(
+                f"vllm_max_model_length {limit} must exceed max_completion_length "
+                f"{self.max_completion_length} to leave "
+                "room for the prompt; raise it or shorten the completions"
+            )
+        self._validate_importance_range()
+
+    def _validate_importance_range(self) -> None:
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise UserError(
+                f"vllm_importance_sampling_clip_min {low} must be below vllm_importance_sampling_clip_max "
+                f"{high}; "
+                "lower the first or raise the second"
+            )
+        if self.vllm_importance_sampling_correction and low is None and high is None:
+            raise UserError(
+                "vllm_importance_sampling_clip_max=None with no vllm_importance_sampling_clip_min corrects "
+                "without a "
+                "bound; give one of them, or vllm_importance_sampling_correction=False"
+            )

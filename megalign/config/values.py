@@ -1,0 +1,161 @@
+"""Values of config fields: read from text (command line, YAML), checked against type, choices and range.
+
+Standard library only; yaml is imported when a list or a mapping is read from text.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import Field, field
+from enum import Enum
+from numbers import Integral, Real
+from typing import Any
+
+from megalign.errors import UserError
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_ASKED_FOR = {bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+
+
+def option(
+    default: Any,
+    *,
+    choices: tuple[Any, ...] = (),
+    why: str = "",
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field whose value is one of `choices`, or in a range; `why` says why others are refused."""
+    metadata = {"choices": choices, "why": why, "minimum": minimum, "above": above, "maximum": maximum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def kinds(annotation: Any) -> tuple[list[Any], bool]:
+    """The plain types that an annotation allows (`list[str]` stays whole), and whether None is allowed."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = list(typing.get_args(annotation)) if is_union else [annotation]
+    optional = type(None) in members
+    plain = [dict if typing.get_origin(member) is dict else member for member in members]
+    return [member for member in plain if member is not type(None)], optional
+
+
+def asked_for(annotation: Any) -> str:
+    """The annotation in a user's words: "a number or None"."""
+    members, optional = kinds(annotation)
+    words = [
+        "a list of " + ("texts" if typing.get_args(member) == (str,) else "numbers")
+        if typing.get_origin(member) is list
+        else _ASKED_FOR[member]
+        for member in members
+    ]
+    return " or ".join(words + ["None"] * optional)
+
+
+def parse(name: str, annotation: Any, text: str) -> Any:
+    """The value that `text` (from the command line, or a YAML string) means for a field of this
+    annotation."""
+    members, optional = kinds(annotation)
+    if optional and text.lower() in ("none", "null", ""):
+        return None
+    if bool in members and text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
+        if number in members:
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    lists = [member for member in members if typing.get_origin(member) is list]
+    if lists and not text.startswith("["):
+        (item,) = typing.get_args(lists[0])
+        return [parse(name, item, text)]
+    if lists or dict in members:
+        loaded = from_yaml(text)
+        if isinstance(loaded, list if lists else dict):
+            return loaded
+    if str in members:
+        return text
+    raise UserError(f"{name}={text!r} must be {asked_for(annotation)}; {_example(name, members)}")
+
+
+def _example(name: str, members: list[Any]) -> str:
+    """The way out of a wrong value: a line that is right."""
+    examples = {bool: "true", int: "8", float: "1e-5", str: "text", dict: "'{key: value}'"}
+    return f"write e.g. --{name} {examples.get(members[0], 'first second')}"
+
+
+def from_yaml(text: str) -> Any:
+    """The YAML value of one command-line word, or the word itself when it is not YAML; None may be spelt
+    None."""
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return None if loaded == "None" else loaded
+
+
+def check(name: str, annotation: Any, value: Any) -> Any:
+    """`value` in the form that the field holds (a path as text, a whole number as float ...), or
+    UserError."""
+    members, optional = kinds(annotation)
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None and optional:
+        return None
+    checked = _matching(name, members, value)
+    if checked is None:
+        rule = f"must be {asked_for(annotation)}"
+        raise UserError(f"{name}={value!r} ({type(value).__name__}) {rule}; {_example(name, members)}")
+    return checked
+
+
+def _matching(name: str, members: list[Any], value: Any) -> Any:
+    """The value as one of the plain types; None when it is of none of them."""
+    if isinstance(value, bool):
+        return value if bool in members else None
+    if isinstance(value, Integral) and int in members:
+        return int(value)
+    if isinstance(value, Real) and float in members:
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, str) and str in members:
+        return value
+    if isinstance(value, Mapping) and dict in members:
+        return dict(value)
+    for member in members:
+        if typing.get_origin(member) is list and isinstance(value, (list, tuple, str)):
+            (item,) = typing.get_args(member)
+            return [check(name, item, one) for one in ([value] if isinstance(value, str) else value)]
+    return None
+
+
+def check_range(spec: Field, value: Any) -> None:
+    """Raises unless `value` is one of the field's choices and inside its range; None is always inside."""
+    if value is None or not spec.metadata:
+        return
+    rules = spec.metadata
+    if rules["choices"] and value not in rules["choices"]:
+        legal = ", ".join(repr(choice) for choice in rules["choices"])
+        why = f" is refused: {rules['why']}" if rules["why"] else " is unknown"
+        raise UserError(f"{spec.name}={value!r}{why}; legal: {legal}")
+    broken = [
+        f"{sign} {rules[bound]}"
+        for bound, sign, holds in (
+            ("minimum", "at least", lambda limit: value >= limit),
+            ("above", "above", lambda limit: value > limit),
+            ("maximum", "at most", lambda limit: value <= limit),
+        )
+        if rules[bound] is not None and not holds(rules[bound])
+    ]
+    if broken:
+        raise UserError(f"{spec.name}={value!r} must be {' and '.join(broken)}; give another {spec.name}")

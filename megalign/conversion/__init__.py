@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron as data: configs, names, two-way weight rules. No ranks, no collectives."""

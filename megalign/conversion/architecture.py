@@ -1,0 +1,57 @@
+"""The numbers that describe a dense decoder, whichever family it comes from. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a Hugging Face config says, in Megatron's words."""
+
+    family: str
+    """Key of the family table."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads."""
+    head_dim: int
+    """Need not be hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Without the pad rows that tensor parallelism may need."""
+    max_position_embeddings: int
+    norm_epsilon: float
+    rotary_base: float
+    rope_scaling: Mapping[str, Any] | None = None
+    """None, or {"rope_type": "linear", "factor"}, or {"rope_type": "llama3", "factor", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings"}."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys."""
+    tied_embeddings: bool = False
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the query projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.num_query_groups * self.head_dim
+
+    def padded_vocab_size(self, tp_size: int) -> int:
+        """The vocabulary rounded up to a multiple of the tensor-parallel size."""
+        return -(-self.vocab_size // tp_size) * tp_size
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
+        """Reads the content of a config.json; what megalign does not compute is refused by name."""
+        # The families build Architectures, so they import this module.
+        from megalign.conversion.families import family_of
+
+        return family_of(config).read_config(config)

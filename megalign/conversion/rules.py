@@ -1,0 +1,198 @@
+"""Two-way weight rules: a Megatron tensor is a concatenation, along one dim, of ranges of HF tensors.
+
+A rule lists those ranges in Megatron's order; `pieces` cuts them for one tensor-parallel shard. Copying a
+piece one way loads, the other way exports. Shapes are names of an Architecture's sizes. No torch in here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megalign.conversion.architecture import Architecture
+
+
+class HfTensor(NamedTuple):
+    """A Hugging Face tensor; `*` in its name is the layer."""
+
+    name: str
+    shape: tuple[str, ...]  # names of Architecture sizes
+
+    def sizes(self, architecture: Architecture) -> tuple[int, ...]:
+        """The shape in numbers."""
+        return tuple(getattr(architecture, size) for size in self.shape)
+
+
+class Range(NamedTuple):
+    """Rows (or, for a rule on dim 1, columns) start:stop of a Hugging Face tensor."""
+
+    tensor: HfTensor
+    start: int
+    stop: int
+
+
+class Piece(NamedTuple):
+    """hf[hf_index] == shard[shard_index], for one shard of one Megatron tensor."""
+
+    hf_name: str
+    hf_shape: tuple[int, ...]
+    hf_index: tuple[slice, ...]
+    shard_index: tuple[slice, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the piece itself."""
+        return tuple(part.stop - part.start for part in self.shard_index)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor (`*` in its name is the layer) and the Hugging Face tensors it is made of."""
+
+    megatron: str
+    hf: tuple[HfTensor, ...]
+    dim: int | None = 0
+    """The dim along which ranges are concatenated and TP splits; None: the same tensor on every TP rank."""
+    duplicate: bool = False
+    """A second copy of what another rule holds (the tied head of the last stage): loaded, never exported."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has this tensor."""
+        return "*" in self.megatron
+
+    def ranges(self, architecture: Architecture, tp_size: int) -> Iterator[Range]:
+        """The ranges in Megatron's order; shard r of n equal shards of their concatenation is TP rank r's."""
+        dim = self.dim or 0
+        for tensor in self.hf:
+            yield Range(tensor, 0, tensor.sizes(architecture)[dim])
+
+    def length(self, architecture: Architecture, tp_size: int) -> int:
+        """The full length along `dim`, pads included."""
+        return sum(item.stop - item.start for item in self.ranges(architecture, tp_size))
+
+
+@dataclass(frozen=True)
+class Copy(Rule):
+    """One tensor as it is: replicated, or split on dim 0 or 1."""
+
+    @classmethod
+    def of(cls, megatron: str, hf: str, shape: tuple[str, ...], *, dim: int | None = None) -> Copy:
+        """`shape` in names of Architecture sizes."""
+        return cls(megatron, (HfTensor(hf, shape),), dim)
+
+
+@dataclass(frozen=True)
+class QKV(Rule):
+    """Group by group: the group's query heads, its key head, its value head. A TP shard may cut a group."""
+
+    @classmethod
+    def of(cls, megatron: str, hf: str, *columns: str) -> QKV:
+        """`hf` with a {} for q, k and v; `columns` is "hidden_size" for the weight, nothing for the bias."""
+        parts = (("q", "query_size"), ("k", "kv_size"), ("v", "kv_size"))
+        return cls(megatron, tuple(HfTensor(hf.format(part), (rows, *columns)) for part, rows in parts))
+
+    def ranges(self, architecture: Architecture, tp_size: int) -> Iterator[Range]:
+        """See Rule.ranges."""
+        query, key, value = self.hf
+        head = architecture.head_dim
+        queries = architecture.query_size // architecture.num_query_groups
+        for group in range(architecture.num_query_groups):
+            yield Range(query, group * queries, (group + 1) * queries)
+            yield Range(key, group * head, (group + 1) * head)
+            yield Range(value, group * head, (group + 1) * head)
+
+
+@dataclass(frozen=True)
+class GateUp(Rule):
+    """Each TP rank holds its share of the gate, then its share of the up projection."""
+
+    @classmethod
+    def of(cls, megatron: str, gate: str, up: str) -> GateUp:
+        """[ffn, hidden] each."""
+        return cls(megatron, tuple(HfTensor(name, ("ffn_hidden_size", "hidden_size")) for name in (gate, up)))
+
+    def ranges(self, architecture: Architecture, tp_size: int) -> Iterator[Range]:
+        """See Rule.ranges."""
+        assert architecture.ffn_hidden_size % tp_size == 0, f"{self.megatron}: tp {tp_size}"
+        rows = architecture.ffn_hidden_size // tp_size
+        for rank in range(tp_size):
+            for tensor in self.hf:
+                yield Range(tensor, rank * rows, (rank + 1) * rows)
+
+
+@dataclass(frozen=True)
+class Vocab(Rule):
+    """Rows are tokens, padded at the end to a multiple of TP. Pad rows have no piece: zero, not exported."""
+
+    @classmethod
+    def of(cls, megatron: str, hf: str, *, duplicate: bool = False) -> Vocab:
+        """[vocabulary, hidden]."""
+        return cls(megatron, (HfTensor(hf, ("vocab_size", "hidden_size")),), duplicate=duplicate)
+
+    def length(self, architecture: Architecture, tp_size: int) -> int:
+        """See Rule.length."""
+        return architecture.padded_vocab_size(tp_size)
+
+
+def shard_shape(rule: Rule, architecture: Architecture, tp_size: int) -> tuple[int, ...]:
+    """The shape of one TP rank's shard of the Megatron tensor."""
+    shape = list(rule.hf[0].sizes(architecture))
+    if rule.dim is not None:
+        length = rule.length(architecture, tp_size)
+        assert length % tp_size == 0, f"{rule.megatron}: tp {tp_size} does not divide {length}"
+        shape[rule.dim] = length // tp_size
+    return tuple(shape)
+
+
+def pieces(
+    rule: Rule, architecture: Architecture, *, layer: int | None, tp_rank: int, tp_size: int
+) -> list[Piece]:
+    """What the shard of TP rank `tp_rank` of `tp_size` is made of, in the order of its rows."""
+    shape = shard_shape(rule, architecture, tp_size)
+    dim = rule.dim or 0
+    first = 0 if rule.dim is None else tp_rank * shape[dim]
+    found, position = [], 0
+    for tensor, start, stop in rule.ranges(architecture, tp_size):
+        low = max(position, first)
+        high = min(position + stop - start, first + shape[dim])
+        if low < high:
+            found.append(
+                Piece(
+                    hf_name=layer_name(tensor.name, layer),
+                    hf_shape=tensor.sizes(architecture),
+                    hf_index=_index(shape, dim, start + low - position, start + high - position),
+                    shard_index=_index(shape, dim, low - first, high - first),
+                )
+            )
+        position += stop - start
+    return found
+
+
+def layer_name(pattern: str, layer: int | None) -> str:
+    """The name in `layer` of a tensor whose pattern has a `*`; other names as they are."""
+    return pattern if layer is None else pattern.replace("*", str(layer))
+
+
+def expand(rules: list[Rule], architecture: Architecture) -> list[tuple[Rule, int | None]]:
+    """(rule, layer) of every Megatron tensor of the whole model, in the order of the Hugging Face tensors."""
+    layered = [rule for rule in rules if rule.per_layer]
+    first = rules.index(layered[0])
+    before = [rule for rule in rules[:first] if not rule.per_layer]
+    after = [rule for rule in rules[first:] if not rule.per_layer]
+    layers = [(rule, layer) for layer in range(architecture.num_layers) for rule in layered]
+    return [*((rule, None) for rule in before), *layers, *((rule, None) for rule in after)]
+
+
+def hf_shapes(rules: list[Rule], architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor of the model, in order."""
+    return {
+        layer_name(tensor.name, layer): tensor.sizes(architecture)
+        for rule, layer in expand(rules, architecture)
+        for tensor in rule.hf
+    }
+
+
+def _index(shape: tuple[int, ...], dim: int, start: int, stop: int) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) if d == dim else slice(0, size) for d, size in enumerate(shape))

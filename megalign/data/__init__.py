@@ -1,0 +1,1 @@
+"""From rows to packed batches: reading, chat templates, tokens and loss masks, packing, order, collation."""

@@ -1,0 +1,190 @@
+"""Conversations as tokens, and which of those tokens the assistant wrote.
+
+Templates need no `{% generation %}` marks: a turn's tokens are found by comparing the rendered conversation
+with the rendered turns before it, with and without the turn itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megalign.errors import UserError
+
+Message = dict[str, Any]
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+def load_tokenizer(
+    path: str, *, eos_token: str | None = None, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub name, with the end token and chat template that were asked
+    for.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} holds no tokenizer that loads: {_first_line(error)}") from error
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"eos_token={eos_token!r} is not in the vocabulary of {path}; name one of its tokens"
+            )
+        tokenizer.eos_token = eos_token
+    if chat_template_path is not None:
+        tokenizer.chat_template = _read_template(chat_template_path)
+    return tokenizer
+
+
+def _read_template(path: str) -> str:
+    if Path(path).suffix in (".jinja", ".j2"):
+        if not Path(path).is_file():
+            raise UserError(f"chat_template_path={path!r} does not exist; give a .jinja file or a tokenizer")
+        return Path(path).read_text(encoding="utf-8")
+    template = load_tokenizer(path).chat_template
+    if template is None:
+        raise UserError(f"chat_template_path={path!r} is a tokenizer without a chat template; name another")
+    return template
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def is_conversation(value: Any) -> bool:
+    """A list of messages: mappings with a role (or ShareGPT's `from`)."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and isinstance(value[0], Mapping)
+        and ("role" in value[0] or "from" in value[0])
+    )
+
+
+def as_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages with `role` and `content`; ShareGPT's names are translated.
+
+    Keys without a value go: a column of a table gives every message the keys of all, and templates ask
+    whether a key such as tool_calls is there.
+    """
+    messages = []
+    for message in conversation:
+        kept = {key: value for key, value in message.items() if value is not None}
+        if "from" in kept:
+            sender = kept.pop("from")
+            kept["role"] = _SHAREGPT_ROLES.get(sender, sender)
+        if "value" in kept:
+            kept["content"] = kept.pop("value")
+        messages.append(kept)
+    return messages
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+    options: Mapping[str, Any],
+) -> list[int]:
+    """The conversation through the chat template; `options` are `tools` and what else the template takes."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "messages need a chat template and the tokenizer has none; chat_template_path gives one"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt, **options
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses the messages: {_first_line(error)}") from error
+
+
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens two sequences share."""
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
+
+def assistant_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, options: Mapping[str, Any]
+) -> tuple[list[int], list[bool]]:
+    """Tokens of the conversation, and True for those that the assistant wrote, end of turn included.
+
+    Marks in the template decide where it has them. Otherwise a turn begins where the conversation leaves
+    the render of the earlier turns with the generation prompt, and ends where the render of the turns up to
+    it ends.
+    """
+    if tokenizer.chat_template is not None and _GENERATION_MARK.search(str(tokenizer.chat_template)):
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
+
+    whole = chat_ids(tokenizer, messages, options=options)
+    mask = [False] * len(whole)
+    end = 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        start = _turn_start(tokenizer, messages, index, whole, options)
+        if start < end:
+            raise UserError(_UNCLEAR.format(index=index))
+        end = _turn_end(tokenizer, messages, index, whole, start, options)
+        mask[start:end] = [True] * (end - start)
+    return whole, mask
+
+
+_UNCLEAR = (
+    "the chat template renders earlier turns anew after message {index}, so that the assistant's tokens cannot "
+    "be told; chat_template_path can name a template with {{% generation %}} marks"
+)
+
+
+def _turn_start(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    index: int,
+    whole: list[int],
+    options: Mapping[str, Any],
+) -> int:
+    if index > 0:
+        before = chat_ids(tokenizer, messages[:index], add_generation_prompt=True, options=options)
+        return common_prefix_length(before, whole)
+    # Many templates cannot render an empty list; the turn begins where another content makes a difference.
+    content = str(messages[0].get("content", ""))
+    other = "B" if content.lstrip()[:1] == "A" else "A"
+    changed = [{**messages[0], "content": other}, *messages[1:]]
+    return common_prefix_length(chat_ids(tokenizer, changed, options=options), whole)
+
+
+def _turn_end(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    index: int,
+    whole: list[int],
+    start: int,
+    options: Mapping[str, Any],
+) -> int:
+    until = chat_ids(tokenizer, messages[: index + 1], options=options)
+    if whole[: len(until)] == until:
+        return len(until)
+    # A last turn may look different from an earlier one (Qwen3 drops the thoughts of earlier turns). It still
+    # ends with the same end of turn: the last special token and what follows it.
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    last = max((place for place, token in enumerate(until) if token in special), default=0)
+    ending = until[last:]
+    if last >= start:
+        for place in range(start, len(whole) - len(ending) + 1):
+            if whole[place : place + len(ending)] == ending:
+                return place + len(ending)
+    raise UserError(_UNCLEAR.format(index=index + 1))

@@ -1,0 +1,125 @@
+"""From sequences and completions to one packed Batch. Where tokens, masks and columns get their places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalign.batch import Batch, Completion
+
+
+def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_multiple: int = 1) -> Batch:
+    """Sequences -> one Batch; none -> a dummy batch of `multiple` tokens.
+
+    Each has `tokens` and `loss_mask` (all True when absent), and may have more: a list is a token column, a
+    number a sequence column (float32 both). The first token of a sequence is never in the loss. Each
+    sequence is padded to `sequence_multiple`, the pads being its last, masked tokens; the whole to
+    `multiple` by a dummy sequence of its own.
+    """
+    assert multiple % sequence_multiple == 0, f"multiple {multiple}, sequence_multiple {sequence_multiple}"
+    if not sequences:
+        return Batch.dummy(multiple)
+    token_names, sequence_names = _column_names(sequences[0])
+    for sequence in sequences:
+        _check(sequence, token_names)
+    lengths = [_rounded_up(len(sequence["tokens"]), sequence_multiple) for sequence in sequences]
+    total = _rounded_up(sum(lengths), multiple)
+    tail = [total - sum(lengths)] if total > sum(lengths) else []
+
+    columns = {
+        name: _joined([sequence[name] for sequence in sequences], lengths, total, torch.float32)
+        for name in token_names
+    }
+    masks = [_loss_mask(sequence) for sequence in sequences]
+    return Batch(
+        tokens=_joined([sequence["tokens"] for sequence in sequences], lengths, total, torch.int64),
+        cu_seqlens=torch.tensor([0, *lengths, *tail]).cumsum(0).int(),
+        num_sequences=len(sequences),
+        token_columns={"loss_mask": _joined(masks, lengths, total, torch.bool), **columns},
+        sequence_columns={
+            name: torch.tensor([float(sequence[name]) for sequence in sequences]) for name in sequence_names
+        },
+    )
+
+
+def _rounded_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _column_names(sequence: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    others = [name for name in sequence if name not in ("tokens", "loss_mask")]
+    is_token_column = {name: isinstance(sequence[name], (Sequence, Tensor)) for name in others}
+    return [name for name in others if is_token_column[name]], [
+        name for name in others if not is_token_column[name]
+    ]
+
+
+def _check(sequence: Mapping[str, Any], token_names: Sequence[str]) -> None:
+    length = len(sequence["tokens"])
+    assert length > 0, "a sequence has at least one token"
+    for name in token_names:
+        assert len(sequence[name]) == length, f"{name}: {len(sequence[name])} values for {length} tokens"
+
+
+def _loss_mask(sequence: Mapping[str, Any]) -> Tensor:
+    length = len(sequence["tokens"])
+    mask = torch.as_tensor(sequence.get("loss_mask", [True] * length), dtype=torch.bool).clone()
+    assert len(mask) == length, f"loss_mask: {len(mask)} values for {length} tokens"
+    mask[0] = False  # nothing predicts it
+    return mask
+
+
+def _joined(values: Sequence[Any], lengths: Sequence[int], total: int, dtype: torch.dtype) -> Tensor:
+    """Each at its sequence's place, zeros (False) between and behind."""
+    column = torch.zeros(total, dtype=dtype)
+    start = 0
+    for value, length in zip(values, lengths, strict=True):
+        column[start : start + len(value)] = torch.as_tensor(value, dtype=dtype)
+        start += length
+    return column
+
+
+def completion_sequence(completion: Completion, *, mask_truncated_completions: bool) -> dict[str, list[Any]]:
+    """Prompt and completion as one sequence, with the sampler's logprobs where the sampler chose the token.
+
+    The loss covers the tokens of `completion_mask`; none of a completion that was cut for its length, when
+    `mask_truncated_completions`.
+    """
+    prompt = len(completion.prompt_ids)
+    cut = mask_truncated_completions and completion.finish_reason == "length"
+    mask = [False] * len(completion.completion_ids) if cut else completion.completion_mask
+    return {
+        "tokens": completion.prompt_ids + completion.completion_ids,
+        "loss_mask": [False] * prompt + mask,
+        "rollout_logprobs": [0.0] * prompt + completion.logprobs,
+    }
+
+
+def completion_batch(
+    completions: Sequence[Completion],
+    *,
+    mask_truncated_completions: bool,
+    advantages: Sequence[float] | None = None,
+    temperature: float | None = None,
+    multiple: int = 1,
+    sequence_multiple: int = 1,
+) -> Batch:
+    """Completions -> one Batch with token columns loss_mask and rollout_logprobs (0 on prompts).
+
+    `advantages` (one for each completion) and `temperature` (the sampler's) become sequence columns when
+    given.
+    """
+    sequences: list[dict[str, Any]] = [
+        completion_sequence(completion, mask_truncated_completions=mask_truncated_completions)
+        for completion in completions
+    ]
+    if advantages is not None:
+        for sequence, advantage in zip(sequences, advantages, strict=True):
+            sequence["advantages"] = advantage
+    if temperature is not None:
+        for sequence in sequences:
+            sequence["temperature"] = temperature
+    return pack(sequences, multiple=multiple, sequence_multiple=sequence_multiple)

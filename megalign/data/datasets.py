@@ -1,0 +1,236 @@
+"""Rows of every format that the trainers take, as tokens and loss masks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from megalign.data.chat import as_messages, assistant_tokens, chat_ids, common_prefix_length, is_conversation
+from megalign.data.packing import pack_dataset
+from megalign.data.prompts import prepare_prompts
+from megalign.data.reading import load_rows, load_split, once_per_job
+from megalign.data.rows import Row, needed
+from megalign.errors import UserError
+
+__all__ = ["load_rows", "load_split", "once_per_job", "prepare_prompts", "prepare_sft"]
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # Hugging Face's label of a token that is not in the loss
+
+
+class SFTFormat(NamedTuple):
+    """How rows become tokens; the fields of SFTConfig that matter for it."""
+
+    text_field: str
+    completion_only_loss: bool | None
+    assistant_only_loss: bool
+
+
+def prepare_sft(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, *, packing: bool | None = None
+) -> Dataset:
+    """Rows of any SFT format -> `input_ids` and `loss_mask` (with packing also `seq_lengths`), cut to
+    max_length.
+
+    `packing` overrides args.packing (evaluation). Rows without a loss token are dropped, before packing
+    nothing is. Tokenized rows (`input_ids`) need no tokenizer.
+    """
+    form = SFTFormat(args.dataset_text_field, args.completion_only_loss, args.assistant_only_loss)
+    if "input_ids" not in dataset.column_names and tokenizer is None:
+        raise UserError("rows without input_ids need a tokenizer and the model has none; give tokenized rows")
+    rows = dataset.map(
+        tokenized_row,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "form": form},
+        remove_columns=dataset.column_names,
+        num_proc=args.dataset_num_proc,
+        desc="Tokenizing",
+    )
+    if args.packing if packing is None else packing:
+        # Neighbours in the file may be alike; a pack of them would correlate what a microbatch learns from.
+        rows = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+        return pack_dataset(rows, args.max_length, args.packing_strategy)
+    return _cut(rows, args.max_length, args.truncation_mode)
+
+
+def _cut(rows: Dataset, max_length: int | None, truncation_mode: str) -> Dataset:
+    if max_length is not None:
+        kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
+        rows = rows.map(lambda row: {name: values[kept] for name, values in row.items()}, desc="Cutting")
+    trained = rows.filter(lambda row: any(row["loss_mask"]), desc="Dropping rows without a loss token")
+    if len(trained) == 0 and len(rows) > 0:
+        raise UserError(
+            f"none of the {len(rows)} rows has a loss token within max_length={max_length} tokens; raise it"
+        )
+    if len(trained) < len(rows):
+        logger.warning(
+            "%d of %d rows have no loss token and are dropped", len(rows) - len(trained), len(rows)
+        )
+    return trained
+
+
+def tokenized_row(
+    row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase | None, form: SFTFormat
+) -> dict[str, list[Any]]:
+    """One row -> its `input_ids` and `loss_mask`; an error names the row by its number, counted from 0."""
+    try:
+        if "input_ids" in row:
+            return _from_tokens(row, form)
+        assert tokenizer is not None, "checked for the dataset"
+        return _from_text(row, tokenizer, form)
+    except UserError as error:
+        raise UserError(f"dataset row {index}: {error}") from error
+
+
+def _from_tokens(row: Row, form: SFTFormat) -> dict[str, list[Any]]:
+    """`labels` decide where there are any; else completion_mask (unless completion_only_loss=False) and
+    assistant_masks.
+
+    TRL lets completion_mask count only where completion_only_loss is given; a mask that is there is meant.
+    """
+    ids = needed(row, "input_ids")
+    masks = []
+    if row.get("labels") is not None:
+        labels = _as_long(row, "labels", ids)
+        if any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
+            raise UserError("labels must be input_ids or -100 at each place; do not shift them")
+        masks.append([label != IGNORED for label in labels])
+    else:
+        if row.get("completion_mask") is not None and form.completion_only_loss is not False:
+            masks.append(_as_long(row, "completion_mask", ids))
+        if row.get("assistant_masks") is not None:
+            masks.append(_as_long(row, "assistant_masks", ids))
+        if form.completion_only_loss and row.get("completion_mask") is None:
+            raise UserError("completion_only_loss=True needs completion_mask or labels beside input_ids")
+    return {"input_ids": list(ids), "loss_mask": _all_of(masks, len(ids))}
+
+
+def _all_of(masks: Sequence[Sequence[Any]], length: int) -> list[bool]:
+    return [all(bool(mask[place]) for mask in masks) for place in range(length)]
+
+
+def _as_long(row: Row, name: str, ids: Sequence[int]) -> Sequence[Any]:
+    if len(row[name]) != len(ids):
+        raise UserError(f"{name} has {len(row[name])} values for {len(ids)} input_ids; give one for each")
+    return row[name]
+
+
+def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase, form: SFTFormat) -> dict[str, list[Any]]:
+    if row.get("prompt") is not None or row.get("completion") is not None:
+        prompt, completion = needed(row, "prompt"), needed(row, "completion")
+        if is_conversation(prompt) and is_conversation(completion):
+            return _from_turns(as_messages(prompt), as_messages(completion), row, tokenizer, form)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return _from_prompt_and_completion(prompt, completion, tokenizer, form)
+        raise UserError("prompt and completion must both be text or both lists of messages")
+    for name in ("messages", "conversations"):
+        if row.get(name) is not None:
+            if not is_conversation(row[name]):
+                raise UserError(f"{name!r} must be a list of messages with role and content")
+            return _from_conversation(as_messages(row[name]), row, tokenizer, form)
+    if form.text_field not in row:
+        raise UserError(
+            f"its columns are {', '.join(map(repr, row))}; SFT needs {form.text_field!r} (dataset_text_field),"
+            " 'prompt' and 'completion', 'messages' or 'input_ids'"
+        )
+    return _from_plain_text(needed(row, form.text_field), tokenizer, form)
+
+
+def _from_plain_text(text: Any, tokenizer: PreTrainedTokenizerBase, form: SFTFormat) -> dict[str, list[Any]]:
+    _refuse_assistant_only(form)
+    if not isinstance(text, str):
+        raise UserError(f"{form.text_field!r} must be text, not {type(text).__name__}")
+    if form.completion_only_loss:
+        raise UserError(
+            "completion_only_loss=True needs rows with prompt and completion, and this is plain text"
+        )
+    ids = tokenizer(text=_ended(text, tokenizer))["input_ids"]
+    return {"input_ids": ids, "loss_mask": [True] * len(ids)}
+
+
+def _from_prompt_and_completion(
+    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, form: SFTFormat
+) -> dict[str, list[Any]]:
+    _refuse_assistant_only(form)
+    prompt_ids = tokenizer(text=prompt)["input_ids"]
+    ids = tokenizer(text=prompt + _ended(completion, tokenizer))["input_ids"]
+    mask = _completion_mask(prompt_ids, ids, tokenizer)
+    return {"input_ids": ids, "loss_mask": [True] * len(ids) if form.completion_only_loss is False else mask}
+
+
+def _refuse_assistant_only(form: SFTFormat) -> None:
+    if form.assistant_only_loss:
+        raise UserError("assistant_only_loss=True needs messages, and this row is text; leave it False")
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.eos_token is None:
+        raise UserError("text ends with the tokenizer's end token and it has none; eos_token names one")
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _completion_mask(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """The completion begins where prompt and prompt + completion part, which may be within the prompt's
+    last token.
+    """
+    start = common_prefix_length(prompt_ids, ids)
+    if start < len(prompt_ids):
+        logger.warning_once(
+            f"a prompt's end, {tokenizer.decode(prompt_ids[start:])!r}, becomes other tokens when the completion "
+            "follows: the model is trained on a prompt it will not see; end prompts where a token ends (shown once)"
+        )
+    return [False] * start + [True] * (len(ids) - start)
+
+
+def _template_options(row: Row) -> dict[str, Any]:
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    # `or None`: Llama's template describes how to call tools even when the list is empty.
+    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+
+
+def _from_conversation(
+    messages: list[dict[str, Any]], row: Row, tokenizer: PreTrainedTokenizerBase, form: SFTFormat
+) -> dict[str, list[Any]]:
+    if form.completion_only_loss:  # a conversation's completion is its last message
+        return _from_turns(messages[:-1], messages[-1:], row, tokenizer, form)
+    options = _template_options(row)
+    if not form.assistant_only_loss:
+        ids = chat_ids(tokenizer, messages, options=options)
+        return {"input_ids": ids, "loss_mask": [True] * len(ids)}
+    ids, mask = assistant_tokens(tokenizer, messages, options=options)
+    return {"input_ids": ids, "loss_mask": _some_assistant(mask)}
+
+
+def _from_turns(
+    prompt: list[dict[str, Any]],
+    completion: list[dict[str, Any]],
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    form: SFTFormat,
+) -> dict[str, list[Any]]:
+    options = _template_options(row)
+    masks = []
+    if form.assistant_only_loss:
+        ids, mask = assistant_tokens(tokenizer, prompt + completion, options=options)
+        masks.append(_some_assistant(mask))
+    else:
+        ids = chat_ids(tokenizer, prompt + completion, options=options)
+    if form.completion_only_loss is not False:
+        prompt_ids = chat_ids(tokenizer, prompt, add_generation_prompt=True, options=options)
+        masks.append(_completion_mask(prompt_ids, ids, tokenizer))
+    return {"input_ids": ids, "loss_mask": _all_of(masks, len(ids))}
+
+
+def _some_assistant(mask: list[bool]) -> list[bool]:
+    if not any(mask):
+        raise UserError(
+            "assistant_only_loss=True finds no token of an assistant; give messages of role 'assistant'"
+        )
+    return mask

@@ -1,0 +1,85 @@
+"""Rows to sample completions for: prompts as tokens, the other columns kept for the reward functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from megalign.data.chat import as_messages, chat_ids, is_conversation
+from megalign.data.rows import Row, needed
+from megalign.errors import UserError
+
+
+def prepare_prompts(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: Any,
+    *,
+    max_positions: int | None = None,
+    required: Sequence[str] = (),
+) -> Dataset:
+    """Rows with a `prompt` (text or messages) -> the same rows with `prompt_ids`, every other column kept.
+
+    A prompt must leave room for max_completion_length in vllm_max_model_length or, if that is not set, in the
+    model's `max_positions`. `required` are further columns that no row may lack, e.g. those a reward reads.
+    """
+    for name in ("prompt", *required):
+        if name not in dataset.column_names:
+            columns = ", ".join(map(repr, dataset.column_names))
+            raise UserError(f"dataset row 0: it has no {name!r}, only {columns}; add or rename the column")
+    room = max_positions if args.vllm_max_model_length is None else args.vllm_max_model_length
+    limit = None if room is None else room - args.max_completion_length
+    if limit is not None and limit < 1:
+        raise UserError(
+            f"max_completion_length={args.max_completion_length} leaves no room for prompts in {room} positions;"
+            " lower it"
+        )
+    return dataset.map(
+        prompt_row,
+        with_indices=True,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "options": args.chat_template_kwargs or {},
+            "required": tuple(required),
+            "limit": limit,
+        },
+        desc="Tokenizing prompts",
+    )
+
+
+def prompt_row(
+    row: Row,
+    index: int,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    options: Mapping[str, Any],
+    required: Sequence[str],
+    limit: int | None,
+) -> dict[str, list[int]]:
+    """One row -> its `prompt_ids`; an error names the row by its number, counted from 0."""
+    try:
+        for name in ("prompt", *required):
+            needed(row, name)
+        ids = _prompt_ids(row["prompt"], tokenizer, options)
+    except UserError as error:
+        raise UserError(f"dataset row {index}: {error}") from error
+    if limit is not None and len(ids) > limit:
+        raise UserError(
+            f"dataset row {index}: its prompt has {len(ids)} tokens and the limit is {limit} (the model's length "
+            "less max_completion_length); shorten it, raise vllm_max_model_length or lower max_completion_length"
+        )
+    return {"prompt_ids": ids}
+
+
+def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> list[int]:
+    if is_conversation(prompt):
+        return chat_ids(tokenizer, as_messages(prompt), add_generation_prompt=True, options=options)
+    if not isinstance(prompt, str):
+        raise UserError(f"its prompt must be text or a list of messages, not {type(prompt).__name__}")
+    ids = tokenizer(text=prompt)["input_ids"]
+    if not ids:
+        raise UserError("its prompt has no tokens; give some text")
+    return ids

@@ -1,0 +1,59 @@
+"""CUDA or CPU: which device, which communication backend, how much memory. Nobody else asks torch for it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+
+import torch
+
+
+def on_cuda() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: the GPU that torchrun's LOCAL_RANK names, or the CPU."""
+    if not on_cuda():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """torch.distributed's backend string; on GPUs, small CPU columns still travel over gloo."""
+    return "cpu:gloo,cuda:nccl" if on_cuda() else "gloo"
+
+
+def select_device() -> None:
+    """Makes the GPU of LOCAL_RANK current; nothing on a CPU."""
+    if on_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def synchronize() -> None:
+    """Waits for the device, so that a wall-clock time means what it says."""
+    if on_cuda():
+        torch.cuda.synchronize()
+
+
+def release_memory() -> None:
+    """Gives freed memory back: to the driver on CUDA, to the operating system on CPU."""
+    gc.collect()
+    if on_cuda():
+        torch.cuda.empty_cache()
+    else:
+        # glibc keeps freed blocks in its arenas; a sleeping engine must not look resident.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Bytes held: allocated by torch on CUDA, anonymous resident memory of the process on CPU."""
+    if on_cuda():
+        return torch.cuda.memory_allocated()
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon line")

@@ -1,0 +1,185 @@
+"""The job as environment variables that torch.distributed reads, and its one error line. Imports no torch.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` they are made from
+Slurm's; a process on its own becomes a job of one rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import MutableMapping
+
+from megalign.errors import UserError
+
+
+def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
+    """Fills in RANK and its companions where nobody has; returns the world size."""
+    if "RANK" not in environ:
+        environ.update(_slurm(environ) if "SLURM_PROCID" in environ else _alone())
+    for name in ("RANK", "WORLD_SIZE"):
+        if not environ.get(name, "").isdigit():
+            raise UserError(
+                f"{name}={environ.get(name)!r} must be a whole number; start the job with torchrun or srun"
+            )
+    return int(environ["WORLD_SIZE"])
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _slurm(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """A Slurm step's variables in torchrun's names; MASTER_ADDR and MASTER_PORT of the user's own choice
+    stay."""
+    world = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    if world == "1":
+        return _alone()
+    found = {
+        "RANK": environ["SLURM_PROCID"],
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": world,
+    }
+    if "MASTER_ADDR" not in environ:
+        found["MASTER_ADDR"] = _first_host(environ)
+    if "MASTER_PORT" not in environ:
+        # Two steps of one job, and two jobs on one node, need different ports.
+        job, step = (int(re.sub(r"\D", "", environ.get(f"SLURM_{of}_ID", "")) or 0) for of in ("JOB", "STEP"))
+        found["MASTER_PORT"] = str(20000 + (job + 101 * step) % 12000)
+    return found
+
+
+def _first_host(environ: MutableMapping[str, str]) -> str:
+    """The host of rank 0."""
+    hosts = (
+        environ.get("SLURM_STEP_NODELIST")
+        or environ.get("SLURM_JOB_NODELIST")
+        or environ.get("SLURM_NODELIST")
+    )
+    nodes = (
+        environ.get("SLURM_STEP_NUM_NODES")
+        or environ.get("SLURM_JOB_NUM_NODES")
+        or environ.get("SLURM_NNODES")
+    )
+    if not hosts or nodes == "1":
+        return "127.0.0.1"
+    if shutil.which("scontrol"):
+        answer = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False
+        )
+        if answer.returncode == 0 and answer.stdout.strip():
+            return answer.stdout.split()[0]
+    return expand_hosts(hosts)[0]
+
+
+def expand_hosts(hosts: str) -> list[str]:
+    """The hosts of a Slurm node list: "a[01-03,7],b" -> a01 a02 a03 a7 b."""
+    expanded = []
+    for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", hosts):
+        parts = [
+            _numbers(part[1:-1]) if part[0] == "[" else [part]
+            for part in re.findall(r"\[[^\]]*\]|[^\[]+", entry)
+        ]
+        expanded += ["".join(choice) for choice in itertools.product(*parts)]
+    return expanded
+
+
+def _numbers(ranges: str) -> list[str]:
+    """ "01-03,7" -> 01 02 03 7: zeros in front are part of a host's name."""
+    found = []
+    for one in ranges.split(","):
+        first, _, last = one.partition("-")
+        last = last or first
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return found
+
+
+def report_error(message: str) -> None:
+    """Prints `megalign: error: message` on one line, once in the whole job, whichever ranks meet the
+    error."""
+    # A rank that leaves first makes torchrun end this one, perhaps between its claim and its line.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _claim_error():
+        line = " ".join(message.split())
+        print(f"megalign: error: {line}", file=sys.stderr, flush=True)
+
+
+def another_rank_reported() -> bool:
+    """Whether a failed collective is only the echo of an error that another rank has reported."""
+    store = default_store()
+    if store is None:
+        return False
+    try:
+        return store.check(["megalign/error"])
+    except RuntimeError:
+        # The store's host has left; what made it leave is its own to report.
+        return True
+
+
+def _claim_error() -> bool:
+    """Whether this rank is the first to report. All ranks meet a wrong flag, only one a wrong row."""
+    store = default_store()
+    if store is not None:
+        return not another_rank_reported() and store.add("megalign/error", 1) == 1
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    # Not by rank: torchrun ends the others as soon as one has left, rank 0 perhaps before it has spoken.
+    if not _first_on_this_node():
+        return False
+    return _first_node_by_agent() if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else True
+
+
+def default_store():  # noqa: ANN202  (torch.distributed.Store, of a module that may not be imported)
+    """torch.distributed's key-value store when the process group is up; never imports torch."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _first_on_this_node() -> bool:
+    """Exclusive creation of a file named after the launcher's process, which all ranks of a node share."""
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/stat") as stat:
+            started = stat.read().rpartition(")")[2].split()[19]
+    except OSError:
+        started = "0"
+    name = (
+        f"megalign-{os.getuid()}-{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.error"
+    )
+    try:
+        os.close(os.open(os.path.join(tempfile.gettempdir(), name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _first_node_by_agent() -> bool:
+    """With several torchrun agents: asks the store that they share."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return os.environ.get("GROUP_RANK", "0") == "0"
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+    return store.add(f"megalign/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1

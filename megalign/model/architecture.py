@@ -1,0 +1,114 @@
+"""From a family's Architecture and the layout to Megatron's TransformerConfig; checks what does not divide."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megalign.conversion.architecture import Architecture
+from megalign.errors import UserError
+from megalign.parallel.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    from megalign.config import LoopConfig
+
+PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def transformer_config(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> TransformerConfig:
+    """Megatron's configuration of the model at this layout; UserError where sizes do not divide."""
+    check_layout(architecture, groups)
+    dtype = PARAMS_DTYPES[args.params_dtype_name]
+    granularity = (args.recompute_granularity or "selective") if args.gradient_checkpointing else None
+    recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if granularity == "full" else {}
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=groups.tp.size,
+        pipeline_model_parallel_size=groups.pp.size,
+        context_parallel_size=groups.cp.size,
+        sequence_parallel=args.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Weights come from the checkpoint at once: no time for random ones.
+        perform_initialization=False,
+        # Packed microbatches differ in T; Megatron allows that only with this dispatcher, dense models included.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        recompute_granularity=granularity,
+        **recompute,
+        # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def check_layout(architecture: Architecture, groups: ParallelGroups) -> None:
+    """UserError when heads, FFN or layers do not divide by the layout."""
+    tp, pp = groups.tp.size, groups.pp.size
+    if architecture.num_attention_heads % tp:
+        fits = [n for n in range(1, architecture.num_attention_heads + 1) if architecture.num_attention_heads % n == 0]
+        raise UserError(
+            f"num_attention_heads {architecture.num_attention_heads} is not divisible by "
+            f"tensor_model_parallel_size {tp}; use one of {fits}"
+        )
+    if architecture.ffn_hidden_size % tp:
+        raise UserError(
+            f"intermediate_size {architecture.ffn_hidden_size} is not divisible by tensor_model_parallel_size {tp}; "
+            "use a smaller tensor_model_parallel_size"
+        )
+    groups_of_kv = architecture.num_query_groups
+    if groups_of_kv % tp and tp % groups_of_kv:
+        raise UserError(
+            f"num_key_value_heads {groups_of_kv} and tensor_model_parallel_size {tp} do not divide one another; "
+            "use a tensor_model_parallel_size that divides it or is a multiple of it"
+        )
+    if architecture.num_layers % pp:
+        raise UserError(
+            f"num_hidden_layers {architecture.num_layers} is not divisible by pipeline_model_parallel_size {pp}; "
+            f"use a pipeline_model_parallel_size that divides it"
+        )
+
+
+def inverse_frequencies(architecture: Architecture) -> Tensor:
+    """[head_dim / 2] float32 rotary frequencies, Llama 3's and linear scaling as transformers computes them."""
+    dim = architecture.head_dim
+    frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
+    assert scaling["rope_type"] == "llama3", scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    smooth = (original / wavelength - low) / (high - low)
+    scaled = torch.where(wavelength > original / low, frequencies / scaling["factor"], frequencies)
+    smoothed = (1 - smooth) * scaled / scaling["factor"] + smooth * scaled
+    between = (wavelength >= original / high) & (wavelength <= original / low)
+    return torch.where(between, smoothed, scaled)

@@ -1,0 +1,72 @@
+"""This rank's part of the model: Megatron's GPTModel, whose last stage returns hidden states."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from megalign import device
+from megalign.conversion.architecture import Architecture
+from megalign.model.architecture import inverse_frequencies, transformer_config
+from megalign.model.layer_spec import layer_spec
+from megalign.parallel.groups import ParallelGroups
+from megalign.patches.megatron import megatron_calls
+
+if TYPE_CHECKING:
+    from megalign.config import LoopConfig
+
+
+class HiddenStatesModel(GPTModel):
+    """GPTModel that stops before its head: [T, 1, H] on every stage. Heads are functions of it."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[padded V / tp, H], the embedding's when tied; on the last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_model(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> list[HiddenStatesModel]:
+    """The model chunks of this rank, without weights: `resharding.load` fills them."""
+    config = transformer_config(architecture, args, groups)
+    with megatron_calls():
+        model = HiddenStatesModel(
+            config,
+            layer_spec(config, architecture.num_layers // groups.pp.size),
+            vocab_size=architecture.padded_vocab_size(groups.tp.size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+        )
+        model.to(device.device())
+    _mark_tensor_parallel(model)
+    # Megatron's own scaling knows one set of Llama 3 constants only.
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture).to(device.device())
+    return [model]
+
+
+def _mark_tensor_parallel(model: nn.Module) -> None:
+    """What Megatron does while it initialises weights, which we skip: without the mark the gradient norm takes
+    a split weight for a replicated one and counts tensor rank 0's part only."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+                _mark(parameter, dim=0)
+            elif isinstance(module, RowParallelLinear) and name == "weight":
+                _mark(parameter, dim=1)
+
+
+def _mark(parameter: nn.Parameter, dim: int) -> None:
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)

@@ -1,0 +1,45 @@
+"""Which modules a transformer layer is made of: plain torch ones, given to Megatron through its layer spec.
+
+Megatron's own local spec refuses packed sequences, sequence and context parallelism; its norm and its
+attention are replaced here, and nothing else. Parameter names stay Megatron's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn, ones
+
+from megalign.model.attention import PackedAttention
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) with the constructor that Megatron's layers call."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(ones(hidden_size, dtype=config.params_dtype))
+        # Megatron sums this gradient over tensor ranks when each saw only its part of the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # In fp32 and rounded before the weight, as transformers does: bf16 must not round twice.
+        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps).to(hidden.dtype)
+        return normed * self.weight
+
+
+def layer_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
+    """The submodules of a pipeline stage with `num_layers` layers."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -1,0 +1,84 @@
+"""Megatron's data parallelism and AdamW around the model chunks; numerically transformers' AdamW."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor, nn
+
+from megalign.patches.megatron import megatron_calls
+
+if TYPE_CHECKING:
+    from megalign.config import LoopConfig
+
+
+def wrap_for_training(chunks: list[nn.Module], args: LoopConfig) -> list[nn.Module]:
+    """Megatron's DDP: fp32 gradient buffers, reduced over data-parallel ranks once a step."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=args.use_distributed_optimizer
+    )
+    with megatron_calls():
+        wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return wrapped
+
+
+def build_optimizer(chunks: list[nn.Module], args: LoopConfig) -> MegatronOptimizer:
+    """AdamW over fp32 (master) weights; weight decay skips biases and norms, as transformers' Trainer does."""
+    dtype = next(chunks[0].parameters()).dtype
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_epsilon,
+        clip_grad=args.max_grad_norm,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+    )
+    with megatron_calls():
+        return get_megatron_optimizer(config, chunks)
+
+
+def zero_gradients(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
+    """Clears DDP's buffers and the optimizer's own gradients."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def step(optimizer: MegatronOptimizer, learning_rate: float) -> float:
+    """One clipped AdamW step; returns the gradient norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_mult"]
+        # Megatron's groups only carry the multiplier; its own scheduler, which we do not use, applies it.
+        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+    with megatron_calls():
+        succeeded, grad_norm, _ = optimizer.step()
+    assert succeeded, "only fp16 loss scaling can skip a step, and megalign has none"
+    return float(grad_norm)
+
+
+def adam_states(optimizer: MegatronOptimizer) -> list[dict[str, Tensor]]:
+    """AdamW's state of each parameter that this rank updates, filled with zeros before the first step."""
+    states = []
+    for chained in optimizer.chained_optimizers:
+        inner = chained.optimizer
+        if inner is None:  # a rank whose shard is empty
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                states.append(state)
+    return states

@@ -1,0 +1,124 @@
+"""The process groups of a layout; the sole importer of Megatron's parallel_state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megalign import device
+from megalign.errors import UserError
+from megalign.patches import megatron as megatron_patches
+
+if TYPE_CHECKING:
+    from megalign.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One parallel axis as this rank sees it."""
+
+    group: Any  # torch.distributed.ProcessGroup
+    rank: int  # this rank's place in the group
+    size: int
+    ranks: list[int]  # global ranks of the group, in order
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """All axes of the layout. World order is Megatron's: tp fastest, then cp, dp, pp."""
+
+    world: Axis
+    tp: Axis
+    pp: Axis
+    cp: Axis
+    dp: Axis
+    mp: Axis  # all (tp, pp) ranks of one copy of the model: same dp and cp
+
+    @property
+    def is_dp_leader(self) -> bool:
+        """One rank for each data-parallel replica: who scores rewards and speaks for the replica."""
+        return self.tp.rank == self.pp.rank == self.cp.rank == 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head, and so the loss."""
+        return self.pp.rank == self.pp.size - 1
+
+    @property
+    def token_multiple(self) -> int:
+        """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly."""
+        return self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)
+
+
+def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGroups:
+    """Starts torch.distributed if nobody has, then Megatron's groups for the layout in `args`."""
+    from megatron.core import parallel_state as mpu
+
+    megatron_patches.install()
+    start_distributed(timeout_s)
+    world = dist.get_world_size()
+    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    if world % model:
+        raise UserError(
+            f"world size {world} is not divisible by tensor x pipeline x context parallel size "
+            f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size} x "
+            f"{args.context_parallel_size} = {model}; start a multiple of {model} ranks"
+        )
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    with megatron_patches.megatron_calls():
+        mpu.initialize_model_parallel(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        )
+    return ParallelGroups(
+        world=_axis(dist.group.WORLD),
+        tp=_axis(mpu.get_tensor_model_parallel_group()),
+        pp=_axis(mpu.get_pipeline_model_parallel_group()),
+        cp=_axis(mpu.get_context_parallel_group()),
+        dp=_axis(mpu.get_data_parallel_group()),
+        mp=_axis(mpu.get_model_parallel_group()),
+    )
+
+
+def start_distributed(timeout_s: float) -> None:
+    """Joins the job that torchrun or Slurm describes in the environment; alone, makes a job of one rank."""
+    device.select_device()
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+    dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def seed_parallel_rng(seed: int) -> None:
+    """Seeds torch and Megatron's tracker: equal over dp, different over tp and pp where Megatron wants it."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    with megatron_patches.megatron_calls():
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _axis(group: Any) -> Axis:
+    return Axis(
+        group=group, rank=dist.get_rank(group), size=dist.get_world_size(group), ranks=dist.get_process_group_ranks(group)
+    )

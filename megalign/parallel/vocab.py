@@ -1,0 +1,149 @@
+"""Log-probability and entropy of given tokens from hidden states, on a vocabulary split over tensor ranks.
+
+Neither the logits of the batch nor the whole vocabulary exist in one place: head and softmax run in token
+chunks, forward and again in backward, in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalign.parallel.groups import Axis
+
+CHUNK_ELEMENTS = 2**23  # logits alive at once: 32 MB in fp32
+
+
+class TokenScores(NamedTuple):
+    """What the head says of each of N tokens."""
+
+    logprobs: Tensor  # [N] float32, differentiable
+    entropy: Tensor  # [N] float32, differentiable
+    argmax_correct: Tensor  # [N] float32, 1 where the token was the most probable one
+
+
+def token_scores(
+    hidden: Tensor,  # [N, H], equal on all tensor ranks
+    weight: Tensor,  # [V / tp, H], this rank's rows of the padded head
+    labels: Tensor,  # [N] int64, global token ids
+    *,
+    temperature: Tensor | None,  # [N] float32
+    vocab_size: int,  # rows at or past it are padding: probability 0
+    tp: Axis,
+    bias: Tensor | None = None,  # [V / tp]
+) -> TokenScores:
+    """log softmax(hidden @ weight.T / temperature)[labels], its entropy, and whether labels are the argmax."""
+    return TokenScores(*_TokenScores.apply(hidden, weight, bias, labels, temperature, vocab_size, tp))
+
+
+class _TokenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, temperature, vocab_size, tp):  # noqa: ANN001, ANN205
+        shard = _Shard(weight, bias, vocab_size, tp)
+        parts = [
+            shard.scores(hidden[rows], labels[rows], None if temperature is None else temperature[rows])
+            for rows in _chunks(hidden.shape[0], weight.shape[0])
+        ]
+        if parts:
+            logprobs, entropy, correct, log_normaliser = (torch.cat(column) for column in zip(*parts, strict=True))
+        else:
+            logprobs, entropy, correct, log_normaliser = hidden.new_zeros(4, 0, dtype=torch.float32).unbind()
+        ctx.save_for_backward(hidden, weight, bias, labels, temperature, log_normaliser, entropy)
+        ctx.vocab_size, ctx.tp = vocab_size, tp
+        ctx.mark_non_differentiable(correct)
+        return logprobs, entropy, correct
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, _grad_correct):  # noqa: ANN001, ANN205
+        hidden, weight, bias, labels, temperature, log_normaliser, entropy = ctx.saved_tensors
+        shard = _Shard(weight, bias, ctx.vocab_size, ctx.tp)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+            scale = None if temperature is None else temperature[rows]
+            grad_logits = shard.grad_logits(
+                hidden[rows], labels[rows], scale, log_normaliser[rows], entropy[rows], grad_logprobs[rows], grad_entropy[rows]
+            )
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[rows] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[rows]
+        if ctx.tp.size > 1:  # each rank saw its share of the vocabulary only
+            dist.all_reduce(grad_hidden, group=ctx.tp.group)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+
+
+class _Shard:
+    """This rank's rows of the head, and the softmax over all of them."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, tp: Axis) -> None:
+        self.weight, self.bias, self.tp = weight, bias, tp
+        self.first = tp.rank * weight.shape[0]
+        self.num_real = max(0, min(weight.shape[0], vocab_size - self.first))
+
+    def logits(self, hidden: Tensor, temperature: Tensor | None) -> Tensor:
+        """[n, V / tp] float32; padding rows are -inf."""
+        logits = (hidden @ self.weight.T).float()
+        if self.bias is not None:
+            logits += self.bias.float()
+        if temperature is not None:
+            logits /= temperature[:, None]
+        logits[:, self.num_real :] = -torch.inf
+        return logits
+
+    def scores(self, hidden: Tensor, labels: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
+        """logprobs, entropy, argmax_correct and log normaliser, [n] each."""
+        logits = self.logits(hidden, temperature)
+        top = logits.max(dim=1).values
+        if self.tp.size > 1:
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.tp.group)
+        inside, local = self._locate(labels)
+        target = logits.gather(1, local[:, None]).squeeze(1).where(inside, 0.0)
+        logits -= top[:, None]
+        exponentials = logits.exp()
+        # 0 * -inf of padding rows would be NaN; their exponential is 0 whatever the logit.
+        weighted = (exponentials[:, : self.num_real] * logits[:, : self.num_real]).sum(1)
+        sums = torch.stack([exponentials.sum(1), weighted, target])
+        if self.tp.size > 1:
+            dist.all_reduce(sums, group=self.tp.group)
+        log_sum = sums[0].log()
+        logprobs = sums[2] - top - log_sum
+        entropy = log_sum - sums[1] / sums[0]
+        return logprobs, entropy, (sums[2] >= top).float(), top + log_sum
+
+    def grad_logits(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        temperature: Tensor | None,
+        log_normaliser: Tensor,
+        entropy: Tensor,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor,
+    ) -> Tensor:
+        """d logprob = onehot - p; d entropy = -p (log p + entropy); both over the temperature."""
+        log_p = self.logits(hidden, temperature).sub_(log_normaliser[:, None])
+        p = log_p.exp()
+        grad = -p * grad_logprobs[:, None]
+        if bool(grad_entropy.any()):
+            log_p[:, self.num_real :] = 0.0
+            grad -= p * (log_p + entropy[:, None]) * grad_entropy[:, None]
+        inside, local = self._locate(labels)
+        grad.scatter_add_(1, local[:, None], grad_logprobs.where(inside, 0.0)[:, None])
+        return grad if temperature is None else grad / temperature[:, None]
+
+    def _locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        local = labels - self.first
+        inside = (local >= 0) & (local < self.num_real)
+        return inside, local.where(inside, 0)
+
+
+def _chunks(num_tokens: int, vocab: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // max(1, vocab))
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]

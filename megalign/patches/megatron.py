@@ -1,0 +1,136 @@
+"""What Megatron-Core 0.16-0.19 needs to run on CPU and gloo, and two repairs of its optimizer checkpoints.
+
+`install()` once a process; `megatron_calls()` around every call into Megatron (schedules, optimizer, model
+construction). Outside that context torch is untouched, so that vLLM in the same process does not pay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megalign.device import on_cuda
+
+_installed = False
+
+
+def install() -> None:
+    """Applies the patches; a second call does nothing."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    _repair_optimizer_checkpoints()
+    if not on_cuda():
+        _replace_cuda_functions()
+        _replace_rng_tracker_state()
+
+
+@contextlib.contextmanager
+def megatron_calls() -> Iterator[None]:
+    """Redirects Megatron's device="cuda" literals to the CPU when there is no GPU."""
+    if on_cuda():
+        yield
+        return
+    with _CudaLiteralsMeanCpu():
+        yield
+
+
+class _CudaLiteralsMeanCpu(TorchFunctionMode):
+    """schedules.py:596,983,2138 and clip_grads.py:90,174 name device="cuda"; goes when upstream takes a device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        wanted = kwargs.get("device")
+        if wanted is not None and torch.device(wanted).type == "cuda":
+            kwargs["device"] = torch.device("cpu")
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # distrib_optimizer.py:361 and optimizer.py:671 compare this string to tell dtypes apart.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """Stands in for torch.cuda.Stream, Event and the contexts around them: a CPU has one queue."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *exc: object) -> bool:
+        return False
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def record_event(self, *args: Any) -> _NoStream:
+        return _NoStream()
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_cuda_functions() -> None:
+    """p2p_communication.py:190 and many more call these unconditionally; goes with a CPU backend upstream."""
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.Stream = cuda.Event = cuda.stream = cuda.device = _NoStream
+    cuda.current_stream = cuda.default_stream = _NoStream
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+    cuda.is_current_stream_capturing = lambda: False
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+def _replace_rng_tracker_state() -> None:
+    """tensor_parallel/random.py:41,72 reach into torch.cuda's generators."""
+    import megatron.core.tensor_parallel.random as tracker
+
+    tracker._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    tracker._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _repair_optimizer_checkpoints() -> None:
+    """Distributed-optimizer checkpoints with torch's AdamW (no Transformer Engine, no Apex), 0.16.1 and 0.19.2.
+
+    (1) `_set_main_param_and_optimizer_states` looks up "step" in tensors that do not carry it: KeyError.
+    (2) `load_state_dict` leaves ONE step tensor shared by all parameters, which then advances once for each
+    parameter. Both go when upstream keeps step per parameter.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(set_states)
+    def set_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            tensors = {**tensors, "step": state["step"]}
+        return set_states(self, model_param, tensors)
+
+    @functools.wraps(load_state_dict)
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(set_with_step)
+    DistributedOptimizer.load_state_dict = load_with_own_steps

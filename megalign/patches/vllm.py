@@ -1,0 +1,118 @@
+"""What vLLM 0.32 needs to live in a training rank on a CPU: real sleep, tied heads, names of its own.
+
+`install()` before the first LLM of the process. On CUDA nothing but the launcher's identity is touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from megalign.device import on_cuda
+
+_PAGE = 4096
+_MADV_DONTNEED = 4  # linux/mman.h
+
+
+def install(job: str, rank: int) -> None:
+    """Applies the patches; `job` must be one string for all ranks and differ between jobs."""
+    _name_the_job(job, rank)
+    if not on_cuda():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        CPUWorker.sleep = _sleep
+        CPUWorker.wake_up = _wake_up
+
+
+def _name_the_job(job: str, rank: int) -> None:
+    """uniproc_executor.py:196 names no job: cpu_worker.py:148 then calls the shared memory of every job "//".
+
+    Two jobs on one machine would meet in one segment. The part after the last colon becomes the name; the host
+    is in it so that a tensor-parallel group over two hosts does not believe it shares memory. Goes when upstream's
+    external launcher takes an identity.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    address = f"env://:{job}-{socket.gethostname()}"
+    distributed_args = ExecutorWithExternalLauncher._distributed_args
+
+    def with_identity(self: Any) -> tuple[str, int, int]:
+        _, environment_rank, local_rank = distributed_args(self)
+        assert environment_rank == rank, f"RANK={environment_rank} but this is rank {rank} of the job"
+        return address, rank, local_rank
+
+    ExecutorWithExternalLauncher._distributed_args = with_identity
+
+
+def unlink_shared_memory(job: str) -> None:
+    """Removes the names of the tensor-parallel segments, once every rank of the job has mapped them.
+
+    csrc/cpu/shm.cpp unlinks them in a destructor, which a killed rank does not reach: /dev/shm would fill up.
+    """
+    for segment in Path("/dev/shm").glob(f"{job}-*"):
+        segment.unlink(missing_ok=True)
+
+
+def repack_tied_weights(worker: Any) -> None:
+    """Packs a tied head anew after a reload, on CPU.
+
+    A tied lm_head shares its parameter with the embedding but keeps a oneDNN copy of its own
+    (model_executor/layers/utils.py:587), which reload/layerwise.py:234 leaves as it was: the head would answer
+    with the weights of start-up, silently. Goes when reloading handles tied parameters.
+    """
+    owners: set[int] = set()
+    for module in worker.model_runner.model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None or not hasattr(module, "cpu_linear"):
+            continue
+        if id(weight) in owners:
+            module.quant_method.process_weights_after_loading(module)
+        owners.add(id(weight))
+
+
+def _sleep(self: Any, level: int = 1) -> None:
+    """cpu_worker.py:184 ignores sleep. Level 2 here: weights and KV cache give their pages back to the system.
+
+    The address space stays, so waking allocates nothing and no view is left dangling; pages read as zeros until
+    the reload writes them. The oneDNN copies go for good: a reload makes new ones. Buffers (rotary tables) stay.
+    """
+    assert level == 2, f"sleep level {level} is not there on CPU"
+    for module in self.model_runner.model.modules():
+        if hasattr(module, "cpu_linear"):
+            module.cpu_linear = _asleep
+    for storage in _storages(self.model_runner):
+        _give_back(storage)
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _wake_up(self: Any, tags: list[str] | None = None) -> None:
+    """The counterpart of `_sleep`: pages come back as they are touched."""
+
+
+def _asleep(*args: Any) -> NoReturn:
+    raise AssertionError("vLLM's weights are asleep; update_weights comes after wake")
+
+
+def _storages(runner: Any) -> Iterator[torch.UntypedStorage]:
+    seen: set[int] = set()
+    for tensor in [*runner.model.parameters(), *runner.kv_caches]:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            yield storage
+
+
+def _give_back(storage: torch.UntypedStorage) -> None:
+    """Drops the whole pages inside a storage; the ragged ends stay."""
+    start = -(-storage.data_ptr() // _PAGE) * _PAGE
+    end = (storage.data_ptr() + storage.nbytes()) // _PAGE * _PAGE
+    if end <= start:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+    assert not failed, f"madvise failed with errno {ctypes.get_errno()}"

@@ -1,0 +1,156 @@
+"""Ranks -> Hugging Face tensors: this rank's slices, a stream of whole tensors, or a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalign.batch import Slice
+from megalign.conversion.architecture import Architecture
+from megalign.conversion.hf_files import HfWriter
+from megalign.errors import UserError
+from megalign.parallel.groups import ParallelGroups
+from megalign.resharding.layout import Key, LocalTensor, OwnedPiece, Plan, local_tensors, plan_of
+
+_ALIGNMENT = 16  # a piece starts where any dtype may be viewed
+
+
+def named_slices(
+    chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture
+) -> Iterator[Slice]:
+    """This rank's part of the model, as views; over the ranks of a model copy every element comes once."""
+    for rule, tensor, pieces in local_tensors(chunks, groups, architecture).values():
+        if rule.duplicate or (rule.dim is None and groups.tp.rank > 0):
+            continue
+        for piece in pieces:
+            yield Slice(piece.hf_name, piece.hf_shape, piece.hf_index, tensor[piece.shard_index])
+
+
+@torch.no_grad()
+def gathered(
+    chunks: Sequence[nn.Module],
+    groups: ParallelGroups,
+    architecture: Architecture,
+    bucket_bytes: int = 256 << 20,
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors, bitwise, on every rank of the model copy; a tensor may be a view of a parameter.
+
+    A collective over groups.mp: every rank must exhaust the iterator. At most about twice `bucket_bytes`
+    (or twice the largest tensor) is held at a time.
+    """
+    plan = plan_of(chunks, groups, architecture)
+    local = local_tensors(chunks, groups, architecture)
+    for names in split_into_buckets(plan, bucket_bytes):
+        parts = iter(_exchange([owned for name in names for owned in plan.tensors[name]], local, groups))
+        for name in names:
+            yield name, _assemble(plan.shapes[name], [(owned, next(parts)) for owned in plan.tensors[name]])
+
+
+def split_into_buckets(plan: Plan, bucket_bytes: int) -> list[list[str]]:
+    """The plan's tensors, in order, in runs of at most `bucket_bytes`; a larger one is alone in its run."""
+    buckets: list[list[str]] = []
+    filled = bucket_bytes
+    for name, owned in plan.tensors.items():
+        size = sum(_nbytes(item) for item in owned)
+        if filled + size > bucket_bytes:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(name)
+        filled += size
+    return buckets
+
+
+@torch.no_grad()
+def save_hf(
+    path: str | os.PathLike[str],
+    hf_source: str | os.PathLike[str],
+    chunks: Sequence[nn.Module],
+    groups: ParallelGroups,
+    architecture: Architecture,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Writes the model, with the config and tokenizer of `hf_source`; a collective over the world.
+
+    One rank of the first model copy writes. If it cannot, every rank raises its UserError at the end.
+    """
+    plan_of(chunks, groups, architecture)  # what can be wrong with the model itself, every rank finds here
+    error = None
+    if groups.dp.rank == 0 and groups.cp.rank == 0:
+        stream = gathered(chunks, groups, architecture)
+        if groups.mp.rank == 0:
+            error = _write(path, hf_source, stream, dtype, max_shard_size)
+        for _ in stream:  # the collectives of the writer's buckets, also of those that it had no room for
+            pass
+    told = [error]
+    if groups.world.size > 1:
+        dist.broadcast_object_list(told, src=groups.world.ranks[0], group=groups.world.group)
+    if told[0] is not None:
+        raise UserError(told[0])
+
+
+def _write(
+    path: str | os.PathLike[str],
+    hf_source: str | os.PathLike[str],
+    stream: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> str | None:
+    """The text of the error that stopped it, if any."""
+    try:
+        writer = HfWriter(path, hf_source, dtype=dtype, max_shard_size=max_shard_size)
+        for name, tensor in stream:
+            writer.add(name, tensor)
+        writer.close()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _exchange(owned: list[OwnedPiece], local: dict[Key, LocalTensor], groups: ParallelGroups) -> list[Tensor]:
+    """The pieces' contents: each owner broadcasts one flat buffer of its pieces over the model copy."""
+    mine = {
+        number: local[item.key].tensor[item.piece.shard_index]
+        for number, item in enumerate(owned)
+        if item.owner == groups.mp.rank
+    }
+    if groups.mp.size == 1:
+        return list(mine.values())
+    sizes: dict[int, int] = {}
+    offsets = []
+    for item in owned:
+        offsets.append(sizes.get(item.owner, 0))
+        sizes[item.owner] = offsets[-1] + -(-_nbytes(item) // _ALIGNMENT) * _ALIGNMENT
+    device = next(iter(local.values())).tensor.device
+    buffers = {owner: torch.empty(size, dtype=torch.uint8, device=device) for owner, size in sizes.items()}
+    parts = [
+        buffers[item.owner][offset : offset + _nbytes(item)].view(item.dtype).view(item.piece.shape)
+        for item, offset in zip(owned, offsets, strict=True)
+    ]
+    for number, tensor in mine.items():
+        parts[number].copy_(tensor)
+    works = [
+        dist.broadcast(buffer, src=groups.mp.ranks[owner], group=groups.mp.group, async_op=True)
+        for owner, buffer in buffers.items()
+    ]
+    for work in works:
+        work.wait()
+    return parts
+
+
+def _assemble(shape: tuple[int, ...], parts: list[tuple[OwnedPiece, Tensor]]) -> Tensor:
+    """One whole tensor; a single part is it already."""
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = parts[0][1].new_empty(shape)
+    for owned, tensor in parts:
+        whole[owned.piece.hf_index].copy_(tensor)
+    return whole
+
+
+def _nbytes(owned: OwnedPiece) -> int:
+    return torch.Size(owned.piece.shape).numel() * owned.dtype.itemsize

@@ -1,0 +1,169 @@
+"""TrainEngine: one model on the ranks of a layout. Policy, reference, critic and reward model are four of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megalign import device
+from megalign.batch import Batch, Counts, Metric, Slice
+from megalign.conversion import hf_files
+from megalign.conversion.architecture import Architecture
+from megalign.errors import UserError
+from megalign.model import checkpoint, optimizer
+from megalign.model.attention import PackedSequences
+from megalign.model.build import build_model
+from megalign.model.heads import language_model_columns
+from megalign.model.offload import Offload
+from megalign.parallel import pipeline
+from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
+from megalign.parallel.reduce import reduce_counts, reduce_metrics
+from megalign.resharding import export, load
+
+if TYPE_CHECKING:
+    from megalign.config import LoopConfig
+
+LossFn = Callable[[dict[str, Tensor], Batch, Counts], tuple[Tensor, dict[str, Metric]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an optimizer step did, equal on every rank."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    metrics: dict[str, float]
+    counts: Counts
+
+
+class TrainEngine:
+    """A Hugging Face model as Megatron ranks hold it: forward, train_step, save, load, export, sleep, wake."""
+
+    def __init__(self, model_path: str, args: LoopConfig, groups: ParallelGroups, *, trainable: bool = True) -> None:
+        self.hf_path, self.groups = model_path, groups
+        self.architecture = Architecture.from_hf(hf_files.read_config(model_path))
+        seed_parallel_rng(args.seed)
+        self._models = build_model(self.architecture, args, groups)
+        load.load_hf(model_path, self._models, groups, self.architecture)
+        self._chunks: list[nn.Module] = list(self._models)
+        self._optimizer = None
+        self._sleeps = args.engines_sleep
+        self._offload = Offload()
+        if trainable:
+            self._chunks = optimizer.wrap_for_training(self._models, args)
+            self._optimizer = optimizer.build_optimizer(self._chunks, args)
+        else:
+            for model in self._models:
+                model.requires_grad_(False)
+
+    def forward(self, batches: list[Batch], names: tuple[str, ...] = ("logprobs",)) -> list[dict[str, Tensor]]:
+        """Token columns [T] float32 of each batch, without gradient, on every rank of the replica.
+
+        Names: logprobs, entropy, argmax_correct. Values are 0 off the loss mask. A sequence column
+        `temperature` divides the logits.
+        """
+        batches = [batch.to(device.device()) for batch in batches]
+        columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
+        return [{name: column[name] for name in names} for column in columns]
+
+    def train_step(
+        self, batches: list[Batch], loss_fn: LossFn, *, learning_rate: float, counts: Counts | None = None
+    ) -> StepResult:
+        """One optimizer step on this data-parallel rank's microbatches.
+
+        `loss_fn(columns, batch, counts)` returns the microbatch's share of the global loss and of each metric.
+        `counts` default to the loss tokens and sequences of all ranks' batches.
+        """
+        assert self._optimizer is not None, "a frozen engine has no optimizer"
+        counts = counts or reduce_counts(batches, self.groups)
+        batches = [batch.to(device.device()) for batch in batches]
+        optimizer.zero_gradients(self._chunks, self._optimizer)
+        shares = pipeline.train(
+            self._chunks,
+            batches,
+            self._stage,
+            self._head,
+            lambda columns, batch: loss_fn(columns, batch, counts),
+            self.groups,
+        )
+        grad_norm = optimizer.step(self._optimizer, learning_rate)
+        metrics = reduce_metrics(shares, self.groups)
+        return StepResult(loss=metrics.pop("loss"), grad_norm=grad_norm, metrics=metrics, counts=counts)
+
+    def eval_step(self, batches: list[Batch], loss_fn: LossFn, *, counts: Counts | None = None) -> dict[str, float]:
+        """The loss and its metrics over all ranks' batches, without gradient."""
+        counts = counts or reduce_counts(batches, self.groups)
+        batches = [batch.to(device.device()) for batch in batches]
+        columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
+        shares = []
+        with torch.no_grad():
+            for column, batch in zip(columns, batches, strict=True):
+                loss, metrics = loss_fn(column, batch, counts)
+                shares.append({"loss": Metric(loss), **metrics})
+        return reduce_metrics(shares, self.groups)
+
+    def named_slices(self) -> Iterator[Slice]:
+        """This rank's parts of the Hugging Face tensors, each byte of the model once over a model copy."""
+        return export.named_slices(self._models, self.groups, self.architecture)
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole Hugging Face tensors on every rank of the model copy, in bounded buckets; collective."""
+        return export.gathered(self._models, self.groups, self.architecture)
+
+    def export(self, path: str) -> None:
+        """Writes a Hugging Face directory; collective."""
+        export.save_hf(path, self.hf_path, self._models, self.groups, self.architecture)
+
+    def save(self, path: str) -> None:
+        """Writes the training checkpoint (weights, optimizer); collective."""
+        assert self._optimizer is not None, "a frozen engine has nothing to resume"
+        checkpoint.save(path, self._chunks, self._optimizer)
+
+    def load(self, path: str) -> None:
+        """Reads what `save` wrote; collective."""
+        assert self._optimizer is not None, "a frozen engine has nothing to resume"
+        checkpoint.load(path, self._chunks, self._optimizer)
+
+    def sleep(self) -> None:
+        """Parameters, gradients and optimizer state leave the device, when `vllm_enable_sleep_mode` says so."""
+        if self._sleeps and not self._offload.asleep:
+            self._offload.sleep(self._resident_tensors())
+
+    def wake(self, *_: str) -> None:
+        """They come back bitwise. The tags that a rollout engine knows mean nothing here."""
+        self._offload.wake()
+
+    def _resident_tensors(self) -> Iterator[Tensor]:
+        for model in self._models:
+            yield from model.parameters()
+        if self._optimizer is None:
+            return
+        for chunk in self._chunks:
+            for buffer in chain(chunk.buffers, chunk.expert_parallel_buffers):
+                yield from (data for data in (buffer.param_data, buffer.grad_data) if data is not None)
+        for group in self._optimizer.param_groups:
+            yield from group["params"]
+        for state in optimizer.adam_states(self._optimizer):
+            yield from (value for name, value in state.items() if name != "step")
+
+    def _stage(self, model: nn.Module, batch: Batch) -> Tensor:
+        positions = torch.arange(batch.num_tokens, device=batch.tokens.device)  # rope reads cu_seqlens instead
+        return model(batch.tokens[None], positions[None], None, packed_seq_params=PackedSequences.of(batch))
+
+    def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return language_model_columns(self._models[-1], hidden, batch, self.groups, self.architecture.vocab_size)
+
+
+def check_path(model_path: str) -> str:
+    """The path of a local Hugging Face directory, or UserError."""
+    if not isinstance(model_path, str):
+        raise UserError(
+            f"model is a {type(model_path).__name__}, but each rank reads its own slices from disk; "
+            "pass the path of a Hugging Face directory (save_pretrained makes one)"
+        )
+    return model_path

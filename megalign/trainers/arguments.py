@@ -1,0 +1,98 @@
+"""What a trainer's constructor is given: refused by name, or brought into the form that the trainers use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset
+from transformers import TrainerCallback
+
+from megalign.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+# TRL's constructor arguments that every trainer here refuses, with the reason and the nearest way.
+COMMON_REFUSED = {
+    "data_collator": "batches are always packed; bring rows into the dataset's form instead",
+    "optimizers": "the optimizer is Megatron's sharded AdamW; set learning_rate, adam_* and lr_scheduler_type instead",
+    "quantization_config": "quantized base models are not built; use bf16=True",
+    "peft_config": "adapters are not built yet; all weights are trained",
+    "compute_metrics": "whole logits never exist here; read the eval_* metrics or use a callback",
+    "preprocess_logits_for_metrics": "whole logits never exist here; read the eval_* metrics or use a callback",
+    "model_init": "give the model as a directory path",
+}
+
+
+def refuse_arguments(trainer: type, refused: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Names each constructor argument that is not there, unless it asks for nothing."""
+    known = COMMON_REFUSED | dict(refused)
+    for name, value in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, ["train_dataset", "eval_dataset", "processing_class", *known], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{trainer.__name__} has no argument {name}{hint}")
+        if value is not None and value != (None, None):
+            raise UserError(f"{trainer.__name__}({name}=...) is refused: {known[name]}")
+
+
+def model_directory(model: Any, args: Any) -> str:
+    """The local directory of the model: as given, or the snapshot of a hub name."""
+    name = model if model is not None else args.model_name_or_path if args is not None else None
+    if name is None:
+        raise UserError("model is missing: give a Hugging Face directory as model or model_name_or_path")
+    if not isinstance(name, str | Path):
+        raise UserError(
+            f"model is a {type(name).__name__}, but each rank reads its own slices from disk; give the path of a "
+            "Hugging Face directory (model.save_pretrained makes one)"
+        )
+    name = str(name)
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model directory {name} does not exist; give a Hugging Face directory or a hub name")
+    return _hub_snapshot(name)
+
+
+def has_tokenizer(model_path: str) -> bool:
+    """Whether the directory holds a tokenizer; rows that are token ids already need none."""
+    return any((Path(model_path) / file).exists() for file in _TOKENIZER_FILES)
+
+
+def as_dataset(dataset: Any, name: str) -> Dataset:
+    """A datasets.Dataset as it is, or a list of rows as one."""
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f"{name} is an IterableDataset, which is not built yet; give a Dataset or a list of rows")
+    if isinstance(dataset, DatasetDict):
+        raise UserError(f"{name} is a DatasetDict with {', '.join(map(str, dataset))}; give one of its splits")
+    if isinstance(dataset, Dataset):
+        return dataset
+    if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
+        return Dataset.from_list([dict(row) for row in dataset])
+    raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of rows (dicts)")
+
+
+def check_callbacks(callbacks: Any) -> Sequence[Any] | None:
+    """The user's callbacks, each a TrainerCallback or a class of one."""
+    if isinstance(callbacks, TrainerCallback):
+        raise UserError(f"callbacks={type(callbacks).__name__} is one callback; give a list: callbacks=[...]")
+    for callback in callbacks or []:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise UserError(f"callback {kind.__name__} is not a transformers.TrainerCallback; derive it from that class")
+    return callbacks
+
+
+def _hub_snapshot(name: str) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model {name!r} is neither a directory nor a model that the hub gives ({reason}); give a local "
+            "Hugging Face directory"
+        ) from error

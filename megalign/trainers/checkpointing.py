@@ -1,0 +1,145 @@
+"""checkpoint-{step}/: the engine's training checkpoint and what the loop needs to go on bitwise.
+
+`manifest.json` is written last: a directory without one is not whole and is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.trainer_callback import TrainerState
+
+from megalign.errors import UserError
+from megalign.parallel.control import barrier
+from megalign.parallel.groups import Axis
+
+if TYPE_CHECKING:
+    from megalign.train_engine import TrainEngine
+
+MANIFEST = "manifest.json"
+STATE = "trainer_state.json"
+LATEST = "latest"
+
+
+def save_checkpoint(
+    path: Path, engine: TrainEngine, state: TrainerState, loop: Mapping[str, Any], settings: Mapping[str, Any], world: Axis
+) -> None:
+    """Writes a whole checkpoint; `loop` is this rank's part, `settings` what a resumed run must share."""
+    if world.rank == 0 and path.exists():  # left by a run that was killed, or by one that is being repeated
+        shutil.rmtree(path)
+    barrier(world)
+    (path / "loop").mkdir(parents=True, exist_ok=True)
+    engine.save(str(path / "engine"))
+    torch.save({"rng": rng_state(), **loop}, _loop_file(path, world.rank))
+    if world.rank == 0:
+        state.save_to_json(str(path / STATE))
+    barrier(world)
+    if world.rank == 0:
+        files = {
+            str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()
+        }
+        manifest = {"step": state.global_step, "settings": dict(settings), "files": files}
+        unfinished = path / f"{MANIFEST}.tmp"
+        unfinished.write_text(json.dumps(manifest, indent=1))
+        unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
+    barrier(world)
+
+
+def load_checkpoint(path: Path, engine: TrainEngine, world: Axis) -> tuple[TrainerState, dict[str, Any]]:
+    """Puts the engine and this rank's random generators where the checkpoint left them."""
+    engine.load(str(path / "engine"))
+    loop = torch.load(_loop_file(path, world.rank), map_location="cpu", weights_only=True)
+    set_rng_state(loop.pop("rng"))
+    return TrainerState.load_from_json(str(path / STATE)), loop
+
+
+def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: a path, or the newest whole one for "latest" or True."""
+    if resume is None or resume is False or resume == "":
+        return None
+    if resume is True or resume == LATEST:
+        whole = [path for path in checkpoints(output_dir) if (path / MANIFEST).exists()]
+        return whole[-1] if whole else None
+    path = Path(str(resume))
+    if not path.is_dir():
+        raise UserError(f"resume_from_checkpoint={resume} is not a directory; give a checkpoint-N directory or {LATEST}")
+    if not (path / MANIFEST).exists():
+        raise UserError(
+            f"{path} has no {MANIFEST}, so it was not written to its end; resume from another checkpoint or {LATEST}"
+        )
+    return path
+
+
+def check_checkpoint(path: Path, settings: Mapping[str, Any]) -> int:
+    """The step of a checkpoint whose files are whole and whose layout and data are this run's."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, size in manifest["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.exists() else "no"
+        if found != size:
+            raise UserError(f"{file} has {found} bytes where its manifest says {size}; resume from another checkpoint")
+    then = manifest["settings"]
+    for name, value in json.loads(json.dumps(dict(settings))).items():
+        if name not in then or then[name] != value:
+            raise UserError(
+                f"{name} is {value} but {path} was made with {then.get(name)}; resuming needs the same layout and "
+                f"data: set {name} back, or start without resume_from_checkpoint"
+            )
+    return int(manifest["step"])
+
+
+def rotate_checkpoints(output_dir: str, limit: int | None, newest: Path, world: Axis) -> None:
+    """Deletes the oldest checkpoints beyond `save_total_limit`, never the one just written."""
+    if not limit or world.rank != 0:
+        return
+    others = [path for path in checkpoints(output_dir) if path.name != newest.name]
+    for path in others[: max(0, len(others) + 1 - limit)]:
+        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
+        shutil.rmtree(path)
+
+
+def checkpoints(output_dir: str) -> list[Path]:
+    """All checkpoint-N directories, by step."""
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of Python's, numpy's and torch's generators on this rank, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": (version, torch.tensor(words), gauss),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Puts the generators back where `rng_state` found them."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _loop_file(path: Path, rank: int) -> Path:
+    return path / "loop" / f"rank_{rank:05d}.pt"

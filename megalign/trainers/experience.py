@@ -1,0 +1,183 @@
+"""From scored completions to the batches that an optimizer step learns from: what goes where, and the columns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from megalign.algos.policy import rollout_importance_weights, sampling_metrics
+from megalign.batch import Batch, Completion, Counts
+from megalign.data.collate import completion_batch, completion_sequence
+from megalign.data.sampler import shard
+from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.reduce import reduce_metrics
+from megalign.rollout.engine import awake
+from megalign.train_engine import TrainEngine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """One optimizer step's part of the experience: this data-parallel rank's microbatches and the global counts."""
+
+    batches: list[Batch]
+    counts: Counts
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, for a checkpoint in the middle of a generation batch."""
+        return {"batches": [vars(batch) for batch in self.batches], "counts": vars(self.counts)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Minibatch:
+        """The minibatch of which `state` was taken."""
+        return cls(batches=[Batch(**batch) for batch in state["batches"]], counts=Counts(**state["counts"]))
+
+
+def completion_seeds(seed: int, stream: str, step: int, count: int) -> list[int]:
+    """A seed for each completion, from its place in the run alone: neither layout nor a resume changes it."""
+    entropy = (seed, {"train": 0, "eval": 1}[stream], step)
+    return [int(word) for word in np.random.SeedSequence(entropy).generate_state(count)]
+
+
+def split_completions(num_completions: int, num_updates: int, *, seed: int, step: int) -> list[list[int]]:
+    """Indices of the completions of each optimizer step; shuffled only if there is more than one step."""
+    order = list(range(num_completions))
+    if num_updates > 1:
+        order = np.random.default_rng((seed, 2, step)).permutation(num_completions).tolist()
+    size = num_completions // num_updates
+    return [order[start : start + size] for start in range(0, num_completions, size)]
+
+
+class ExperienceMaker:
+    """Batches with the columns that the policy loss reads, each from the engine that knows it, one engine awake at a time."""
+
+    def __init__(
+        self,
+        args: Any,
+        groups: ParallelGroups,
+        policy: TrainEngine,
+        reference: TrainEngine | None,
+        *,
+        needs_old_logprobs: bool,
+    ) -> None:
+        self.args, self.groups = args, groups
+        self.policy, self.reference = policy, reference
+        self.needs_old_logprobs = needs_old_logprobs
+
+    def batches(
+        self, completions: Sequence[Completion], advantages: Tensor, rows: Sequence[int], micro_batch: int
+    ) -> list[Batch]:
+        """This rank's packed microbatches of the completions at `rows`, with advantages and temperature."""
+        dp = self.groups.dp
+        return [
+            completion_batch(
+                [completions[row] for row in part],
+                mask_truncated_completions=self.args.mask_truncated_completions,
+                advantages=advantages[part].tolist(),
+                temperature=self.args.temperature,
+                multiple=self.groups.token_multiple,
+            )
+            for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=micro_batch)
+        ]
+
+    def counts(self, completions: Sequence[Completion], rows: Sequence[int], *, num_updates: int = 1) -> Counts:
+        """Global counts of the step that learns from `rows`: every rank holds all completions, so none need travel.
+
+        `generation_tokens` is the step's equal share of the loss tokens of all completions: dapo's denominator.
+        """
+        cut = self.args.mask_truncated_completions
+        sequences = [completion_sequence(completion, mask_truncated_completions=cut) for completion in completions]
+        tokens = [sum(sequence["loss_mask"][1:]) for sequence in sequences]
+        return Counts(
+            tokens=float(sum(tokens[row] for row in rows)),
+            sequences=float(len(rows)),
+            generation_tokens=sum(tokens) / num_updates,
+        )
+
+    def minibatches(
+        self, completions: Sequence[Completion], advantages: Tensor, *, step: int, num_updates: int
+    ) -> list[Minibatch]:
+        """The completions of a round as its optimizer steps."""
+        micro_batch = self.args.per_device_train_batch_size
+        return [
+            Minibatch(
+                batches=self.batches(completions, advantages, rows, micro_batch),
+                counts=self.counts(completions, rows, num_updates=num_updates),
+            )
+            for rows in split_completions(len(completions), num_updates, seed=self.args.seed, step=step)
+        ]
+
+    def add_columns(self, minibatches: list[Minibatch]) -> tuple[list[Minibatch], dict[str, float]]:
+        """Reference, old logprobs and importance weights where the loss needs them, and TRL's sampling/* metrics."""
+        started = time.perf_counter()
+        minibatches = self.with_reference(minibatches)
+        metrics: dict[str, float] = {}
+        if self.needs_old_logprobs:
+            minibatches = self._logprobs(self.policy, minibatches, "old_logprobs")
+        if self.args.vllm_importance_sampling_correction:
+            metrics = self._sampling_metrics(minibatches)
+            minibatches = _map(minibatches, self._with_importance_weights)
+        return minibatches, {**metrics, "perf/logprob_s": time.perf_counter() - started}
+
+    def with_reference(self, minibatches: list[Minibatch]) -> list[Minibatch]:
+        """ref_logprobs, if there is a reference."""
+        return minibatches if self.reference is None else self._logprobs(self.reference, minibatches, "ref_logprobs")
+
+    def _logprobs(self, engine: TrainEngine, minibatches: list[Minibatch], name: str) -> list[Minibatch]:
+        with awake(engine):
+            outputs = iter(engine.forward([batch for minibatch in minibatches for batch in minibatch.batches]))
+        # Batches wait on the CPU until their step; the engine takes them to its device.
+        return _map(minibatches, lambda batch: batch.with_token_columns(**{name: next(outputs)["logprobs"].cpu()}))
+
+    def _importance_settings(self) -> dict[str, Any]:
+        return {
+            "mode": self.args.vllm_importance_sampling_mode,
+            "clip_max": self.args.vllm_importance_sampling_clip_max,
+            "clip_min": self.args.vllm_importance_sampling_clip_min,
+        }
+
+    def _with_importance_weights(self, batch: Batch) -> Batch:
+        if "rollout_logprobs" not in batch:  # Batch.dummy
+            return batch
+        weights = rollout_importance_weights(batch, **self._importance_settings())
+        return batch.with_token_columns(importance_weights=weights)
+
+    def _sampling_metrics(self, minibatches: list[Minibatch]) -> dict[str, float]:
+        counts = Counts(
+            tokens=sum(minibatch.counts.tokens for minibatch in minibatches),
+            sequences=sum(minibatch.counts.sequences for minibatch in minibatches),
+        )
+        shares = [
+            sampling_metrics(batch, counts, **self._importance_settings())
+            for minibatch in minibatches
+            for batch in minibatch.batches
+            if "rollout_logprobs" in batch
+        ]
+        return reduce_metrics(shares, self.groups)
+
+
+def _map(minibatches: list[Minibatch], change: Callable[[Batch], Batch]) -> list[Minibatch]:
+    return [
+        Minibatch(batches=[change(batch) for batch in minibatch.batches], counts=minibatch.counts)
+        for minibatch in minibatches
+    ]
+
+
+def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:
+    """TRL's completions/*: lengths of all, and of those that ended by themselves; 0 where none did."""
+    lengths = np.array([len(completion.completion_ids) for completion in completions], dtype=np.float64)
+    ended = np.array([completion.finish_reason == "stop" for completion in completions])
+    terminated = lengths[ended] if ended.any() else np.zeros(1)
+    return {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - ended.mean()),
+        "completions/mean_terminated_length": float(terminated.mean()),
+        "completions/min_terminated_length": float(terminated.min()),
+        "completions/max_terminated_length": float(terminated.max()),
+    }

@@ -1,0 +1,130 @@
+"""What a run tells about itself: means over the logging window, metrics.jsonl, the table of completions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+
+class MetricsWindow:
+    """Values noted since the last log line. `mean` entries are averaged, `latest` ones keep the last value."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, list[float]] = {}
+        self.latest: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Notes one value a name for the window's mean."""
+        for name, value in metrics.items():
+            self.means.setdefault(name, []).append(float(value))
+
+    def set(self, **metrics: float) -> None:
+        """Notes values of which only the last one counts."""
+        self.latest.update(metrics)
+
+    def drain(self) -> dict[str, float | None]:
+        """The window as one line, which empties it; None where nothing counted in any step."""
+        # A reward function that answered None for a whole batch leaves NaN, an extreme over nothing leaves an
+        # infinity: they must not poison the rest. A loss that became NaN must be seen, though.
+        line: dict[str, float | None] = {
+            name: _mean(values, keep_all=name == "loss") for name, values in self.means.items()
+        }
+        line.update(self.latest)
+        self.means, self.latest = {}, {}
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint in the middle of a window must keep."""
+        return {"means": self.means, "latest": self.latest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up a window where a checkpoint left it."""
+        self.means, self.latest = state["means"], state["latest"]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, one write a line, so that a reader never sees half a line."""
+
+    def __init__(self, output_dir: str, *, active: bool) -> None:
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self.active = active
+        self._earlier = self.path.stat().st_size if active and self.path.exists() else 0
+
+    def start_afresh(self) -> None:
+        """Drops the lines of an earlier run in the same directory; this trainer's own stay."""
+        if self.active and self._earlier:
+            self.path.write_bytes(self.path.read_bytes()[self._earlier :])
+            self._earlier = 0
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Writes a line at the end of the file."""
+        if not self.active:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = (json.dumps(line) + "\n").encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+
+def write_completions(output_dir: str, step: int, table: Mapping[str, list[Any]]) -> Path:
+    """The columns prompt, completion, rewards, extras, advantage as completions/completions_{step:05d}.parquet."""
+    path = Path(output_dir) / "completions" / f"completions_{step:05d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = len(next(iter(table.values())))
+    columns = {"step": [step] * rows, **{name: _storable(values) for name, values in table.items()}}
+    Dataset.from_dict(columns).to_parquet(path)
+    return path
+
+
+def print_completions(step: int, table: Mapping[str, list[Any]], *, limit: int | None) -> None:
+    """The completions as a table on the terminal; at most `limit` of them, drawn by the step's own seed."""
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = range(len(table["prompt"]))
+    shown = rows if limit is None or limit >= len(rows) else sorted(random.Random(step).sample(rows, limit))
+    view = Table(expand=True, show_lines=True)
+    for name in table:
+        view.add_column(name)
+    for row in shown:
+        # Text, not str: a completion may contain what rich would take for markup.
+        view.add_row(*(Text(_readable(values[row])) for values in table.values()))
+    Console().print(Panel(view, title=f"Step {step}"))
+
+
+def unique_prompts(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The table with the first completion of each prompt only."""
+    first: dict[str, int] = {}
+    for row, prompt in enumerate(table["prompt"]):
+        first.setdefault(repr(prompt), row)
+    return {name: [values[row] for row in first.values()] for name, values in table.items()}
+
+
+def _mean(values: Iterable[float], *, keep_all: bool) -> float | None:
+    kept = [value for value in values if keep_all or math.isfinite(value)]
+    return sum(kept) / len(kept) if kept else None
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, list):  # a conversation
+        return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _storable(values: list[Any]) -> list[Any]:
+    """The values as they are when Arrow can hold them in one column, as text otherwise."""
+    kinds = {type(value) for value in values if value is not None}
+    simple = kinds <= {int, float} or kinds in ({str}, {bool}, {list})
+    return values if simple else [None if value is None else str(value) for value in values]

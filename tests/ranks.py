@@ -1,0 +1,129 @@
+"""Real ranks for tests: gloo processes, started once per world size and reused, forked from a warm server.
+
+`run_ranks(world, fn, *args)` runs a module-level function on every rank and returns the results in rank
+order. The default process group has exactly `world` members; Megatron's groups are left to the function.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import multiprocessing as mp
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_CONTEXT = mp.get_context("forkserver")
+# What every worker would import anyway: paid once, in the server they are forked from.
+_CONTEXT.set_forkserver_preload(["torch", "transformers", "tests.warm"])
+
+
+class RanksError(AssertionError):
+    """A rank raised; the text carries every rank's traceback."""
+
+
+class _Pool:
+    def __init__(self, world: int) -> None:
+        port = _free_port()
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world):
+            here, there = _CONTEXT.Pipe()
+            process = _CONTEXT.Process(target=_serve, args=(there, rank, world, port), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((fn, args))
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        end = time.monotonic() + timeout
+        while len(results) + len(errors) < len(self.pipes) and time.monotonic() < end:
+            for rank, pipe in enumerate(self.pipes):
+                if rank in results or rank in errors:
+                    continue
+                try:
+                    if pipe.poll(0.01):
+                        ok, value = pipe.recv()
+                        (results if ok else errors)[rank] = value
+                except (EOFError, ConnectionResetError):
+                    errors[rank] = f"process died with exit code {self.processes[rank].exitcode}"
+            if errors:  # peers may wait in a collective for the rank that raised: give them a moment, no more
+                end = min(end, time.monotonic() + 2)
+        if errors or len(results) < len(self.pipes):
+            self.close()
+            silent = [rank for rank in range(len(self.pipes)) if rank not in results and rank not in errors]
+            text = "\n".join(f"--- rank {rank} ---\n{error}" for rank, error in sorted(errors.items()))
+            raise RanksError(f"{fn.__name__}: no answer from ranks {silent} within {timeout} s\n{text}")
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+_POOLS: dict[int, _Pool] = {}
+
+
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, fresh: bool = False) -> list[Any]:
+    """The results of `fn(*args)` on `world` ranks; `fresh` uses processes that nothing else has touched."""
+    if fresh:
+        pool = _Pool(world)
+        try:
+            return pool.run(fn, args, timeout)
+        finally:
+            pool.close()
+    if world not in _POOLS:
+        _POOLS[world] = _Pool(world)
+    try:
+        return _POOLS[world].run(fn, args, timeout)
+    except RanksError:
+        del _POOLS[world]
+        raise
+
+
+@atexit.register
+def _close_pools() -> None:
+    for pool in _POOLS.values():
+        pool.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=100))
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        try:
+            pipe.send((True, fn(*args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,225 @@
+"""Loss, every gradient tensor, gradient norm and updated weights are the same at every layout.
+
+The reference is transformers with plain autograd; completions are recorded and old and reference logprobs
+carry fixed noise, since an on-policy GRPO loss is about 0 whatever is wrong.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalign.algos.policy import grpo_loss
+from megalign.algos.supervised import sft_loss
+from megalign.batch import Batch, Counts
+from megalign.parallel import pipeline
+from megalign.parallel.reduce import reduce_counts, reduce_metrics
+from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, make_engine
+from tests.ranks import run_ranks
+from tests.tiny import load_reference, save_tiny_model
+
+# (prompt, completion) lengths; microbatches of uneven token counts, the third without any loss token.
+ROWS = [(3, 6), (5, 2), (2, 15), (4, 1), (6, 0), (3, 0), (2, 9), (7, 4)]
+MICROBATCHES = [[0, 1], [2, 3], [4, 5], [6, 7]]
+GRPO_OPTIONS = dict(
+    beta=0.1, epsilon=0.2, epsilon_high=0.28, loss_type="dapo", importance_sampling_level="token", max_completion_length=16
+)  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dapo": GRPO_OPTIONS,
+    "gspo": GRPO_OPTIONS | dict(loss_type="grpo", importance_sampling_level="sequence"),
+}
+
+
+def tokens(i: int) -> Tensor:
+    return torch.randint(3, 101, (sum(ROWS[i]),), generator=torch.Generator().manual_seed(100 + i))
+
+
+def noise(i: int, salt: int) -> Tensor:
+    return torch.randn(sum(ROWS[i]), generator=torch.Generator().manual_seed(1000 * salt + i)) * 0.3
+
+
+def advantage(i: int) -> float:
+    return float(torch.randn((), generator=torch.Generator().manual_seed(50 + i)))
+
+
+def recorded(path: str) -> dict[int, Tensor]:
+    """Reference logprobs of every row: what old and reference columns are perturbations of."""
+    model = load_reference(path)
+    with torch.no_grad():
+        return {i: _reference_logprobs(model, tokens(i)) for i in range(len(ROWS))}
+
+
+def _reference_logprobs(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    return torch.cat([log_p.new_zeros(1), log_p.gather(1, ids[1:, None]).squeeze(1)])
+
+
+def microbatch(ids: list[int], logprobs: dict[int, Tensor], multiple: int) -> Batch:
+    lengths = [sum(ROWS[i]) for i in ids]
+    tail = -sum(lengths) % multiple
+    mask = [torch.arange(sum(ROWS[i])) >= ROWS[i][0] for i in ids] + [torch.zeros(tail, dtype=torch.bool)]
+
+    def column(parts: list[Tensor]) -> Tensor:
+        return torch.cat([*parts, torch.zeros(tail)])
+
+    return Batch(
+        tokens=torch.cat([*(tokens(i) for i in ids), torch.zeros(tail, dtype=torch.int64)]),
+        cu_seqlens=torch.tensor([0, *lengths, *([tail] if tail else [])]).cumsum(0).int(),
+        num_sequences=len(ids),
+        token_columns={
+            "loss_mask": torch.cat(mask),
+            "old_logprobs": column([logprobs[i] + noise(i, 1) for i in ids]),
+            "ref_logprobs": column([logprobs[i] + noise(i, 2) for i in ids]),
+        },
+        sequence_columns={"advantages": torch.tensor([advantage(i) for i in ids])},
+    )
+
+
+def loss_of(name: str) -> Any:
+    return sft_loss if name == "sft" else partial(grpo_loss, **VARIANTS[name])
+
+
+def global_counts() -> Counts:
+    loss_tokens = float(sum(completion for _, completion in ROWS))
+    return Counts(tokens=loss_tokens, sequences=float(len(ROWS)), generation_tokens=loss_tokens)
+
+
+# ---- on the ranks -------------------------------------------------------------------------------------------
+
+
+def gradients(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
+    """Loss and whole gradients, in Hugging Face names, read through the exporter from DDP's buffers."""
+    engine = make_engine(path, layout, use_distributed_optimizer=False)
+    groups = engine.groups
+    batches = [microbatch(ids, logprobs, groups.token_multiple) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]]
+    counts = reduce_counts(batches, groups)
+    assert (counts.tokens, counts.sequences) == (global_counts().tokens, global_counts().sequences)
+    shares = pipeline.train(
+        engine._chunks,
+        batches,
+        engine._stage,
+        engine._head,
+        lambda columns, batch: loss_of(name)(columns, batch, global_counts()),
+        groups,
+    )
+    metrics = reduce_metrics(shares, groups)
+    with torch.no_grad():
+        for parameter in engine._models[0].parameters():
+            parameter.copy_(parameter.main_grad)
+    return {"metrics": metrics, "gradients": {key: value.clone() for key, value in engine.gathered()}}
+
+
+def two_steps(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
+    """Two clipped AdamW steps with the sharded optimizer."""
+    # AdamW divides a gradient of nearly 0 by itself: with its usual epsilon one element's rounding moves a weight
+    # by the whole learning rate. 1e-3 keeps the comparison about the algorithm.
+    engine = make_engine(path, layout, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-3)
+    dp = engine.groups.dp
+    batches = [
+        microbatch(ids, logprobs, engine.groups.token_multiple) for ids in MICROBATCHES[dp.rank :: dp.size]
+    ]
+    norms = [
+        engine.train_step(batches, loss_of(name), learning_rate=1e-2, counts=global_counts()).grad_norm for _ in range(2)
+    ]
+    return {"norms": norms, "weights": {key: value.clone() for key, value in engine.gathered()}}
+
+
+# ---- the reference ------------------------------------------------------------------------------------------
+
+
+def reference_loss(model: torch.nn.Module, name: str, logprobs: dict[int, Tensor]) -> Tensor:
+    """The loss written out, row by row, on transformers' logits."""
+    total = torch.zeros(())
+    counts = global_counts()
+    for i, (prompt, completion) in enumerate(ROWS):
+        if not completion:
+            continue
+        current = _reference_logprobs(model, tokens(i))[prompt:]
+        if name == "sft":
+            total = total - current.sum() / counts.tokens
+            continue
+        old, ref = ((logprobs[i] + noise(i, salt))[prompt:] for salt in (1, 2))
+        log_ratio = current - old
+        if VARIANTS[name]["importance_sampling_level"] == "sequence":
+            log_ratio = log_ratio.mean().expand_as(log_ratio)
+        ratio = log_ratio.exp()
+        surrogate = torch.min(ratio * advantage(i), ratio.clamp(1 - 0.2, 1 + 0.28) * advantage(i))
+        kl = ((ref - current).exp() - (ref - current) - 1) * ratio
+        token_loss = -surrogate + 0.1 * kl
+        if VARIANTS[name]["loss_type"] == "dapo":
+            total = total + token_loss.sum() / counts.generation_tokens
+        else:
+            total = total + token_loss.mean() / counts.sequences
+    return total
+
+
+def reference_gradients(path: str, name: str, logprobs: dict[int, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    model = load_reference(path)
+    loss = reference_loss(model, name, logprobs)
+    loss.backward()
+    return float(loss), {key: value.grad for key, value in model.named_parameters()}
+
+
+def reference_steps(path: str, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
+    """torch's AdamW as transformers' Trainer groups it: no decay for biases and norms."""
+    model = load_reference(path)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-3
+    )
+    norms = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        reference_loss(model, name, logprobs).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+    return {"norms": norms, "weights": {key: value.detach() for key, value in model.named_parameters()}}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path: Path = tmp_path_factory.mktemp(request.param)
+    return save_tiny_model(request.param, path)
+
+
+def check_gradients(path: str, layout: Layout, name: str) -> None:
+    logprobs = recorded(path)
+    loss, wanted = reference_gradients(path, name, logprobs)
+    scale = max(abs(loss), sum(abs(advantage(i)) for i in range(len(ROWS))) / len(ROWS)) if name != "sft" else abs(loss)
+    for rank in run_ranks(layout.world, gradients, path, layout, name, logprobs):
+        assert abs(rank["metrics"]["loss"] - loss) <= 1e-4 * scale
+        assert sorted(rank["gradients"]) == sorted(wanted)
+        worst = max((relative(rank["gradients"][key], wanted[key]), key) for key in wanted)
+        assert worst[0] < 1e-4, worst
+
+
+@pytest.mark.parametrize("name", ["sft", *VARIANTS])
+@pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
+def test_every_gradient_equals_plain_autograd(model_path: str, layout: Layout, name: str) -> None:
+    check_gradients(model_path, layout, name)
+
+
+@pytest.mark.ranks8
+@pytest.mark.parametrize("name", ["sft", "dapo"])
+def test_every_gradient_equals_plain_autograd_on_eight_ranks(model_path: str, name: str) -> None:
+    check_gradients(model_path, EIGHT_RANKS, name)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
+def test_two_clipped_steps_equal_torch_adamw(model_path: str, layout: Layout) -> None:
+    logprobs = recorded(model_path)
+    wanted = reference_steps(model_path, "dapo", logprobs)
+    for rank in run_ranks(layout.world, two_steps, model_path, layout, "dapo", logprobs):
+        assert rank["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
+        worst = max((relative(rank["weights"][key], wanted["weights"][key]), key) for key in wanted["weights"])
+        assert worst[0] < 1e-4, worst

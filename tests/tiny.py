@@ -1,0 +1,52 @@
+"""Tiny random Hugging Face models of each family, with nothing left at its initial zeros or ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+# A vocabulary that 2 does not divide, head_dim unlike hidden / heads, grouped queries, tied and untied.
+SIZES = dict(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES, head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+}
+
+
+def save_tiny_model(family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> str:
+    """Writes a random model of the family to `path` and returns it as a string."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Large enough that attention is not uniform and every bias and norm weight shows in the output.
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(path)
+    return str(path)
+
+
+def load_reference(path: str) -> torch.nn.Module:
+    """The same model in transformers, fp32, plain attention."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
