@@ -10,14 +10,14 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, replace
+from dataclasses import Field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalign import launch
 from megalign.config import GRPOConfig, SFTConfig
 from megalign.config.base import Config, default_of, docs, hints, specs, unknown_name
-from megalign.config.values import asked_for, from_yaml, kinds, parse
+from megalign.config.values import asked_for, from_yaml, kinds, load_yaml, parse
 from megalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _run(argv: list[str]) -> None:
 
 
 def run_sft(args: SFTConfig) -> None:
-    """Trains as the options say and saves the model in output_dir."""
+    """Trains as the options say; train() leaves the model in output_dir."""
     model, train_dataset, eval_dataset = _inputs(args)
     from megalign.trainers.sft import SFTTrainer
 
@@ -83,7 +83,7 @@ def run_sft(args: SFTConfig) -> None:
 
 
 def run_grpo(args: GRPOConfig) -> None:
-    """Trains as the options say and saves the model in output_dir."""
+    """Trains as the options say; train() leaves the model in output_dir."""
     if not args.reward_funcs:
         raise UserError("reward_funcs is not given; name one or more, e.g. --reward_funcs accuracy_reward")
     from megalign.rollout.reward_functions import resolve
@@ -104,7 +104,6 @@ def run_grpo(args: GRPOConfig) -> None:
 
 def _train(trainer: Any, args: SFTConfig | GRPOConfig) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
     import torch.distributed
 
     if torch.distributed.is_initialized():
@@ -119,11 +118,7 @@ def _inputs(args: SFTConfig | GRPOConfig) -> tuple[str, datasets.Dataset, datase
     from megalign.data.datasets import load_split
 
     train_dataset = load_split(args, args.dataset_train_split)
-    eval_dataset = None
-    if args.evaluates and args.eval_dataset_name:
-        eval_dataset = load_split(replace(args, dataset_name=args.eval_dataset_name), args.dataset_test_split)
-    elif args.evaluates:
-        eval_dataset = load_split(args, args.dataset_test_split)
+    eval_dataset = load_split(args, args.dataset_test_split) if args.evaluates else None
     return args.model_name_or_path, train_dataset, eval_dataset
 
 
@@ -189,7 +184,7 @@ def read_yaml(cls: type[Config], path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
+        loaded = load_yaml(Path(path).read_text()) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -203,7 +198,7 @@ def read_yaml(cls: type[Config], path: str) -> dict[str, Any]:
     for name, value in values.items():
         if name not in specs(cls) and name not in cls.refused:
             raise UserError(f"{unknown_name(cls, name, others=('env',))} (in {path})")
-        # YAML 1.1 reads 1e-5 as text; a string means the same here as on the command line.
+        # "1e-5" in quotes, or None, means the same as on the command line.
         if isinstance(value, str) and name in specs(cls):
             values[name] = parse(name, hints(cls)[name], value)
     return values

@@ -33,7 +33,7 @@ class _Pool:
         self.processes = []
         for rank in range(world):
             here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(there, rank, world, port), daemon=True)
+            process = _CONTEXT.Process(target=_serve, args=(there, rank, world, port))
             process.start()
             there.close()
             self.pipes.append(here)
@@ -65,9 +65,12 @@ class _Pool:
         return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # a rank that waits for work leaves by itself, finalizers run
+        end = time.monotonic() + 2
         for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
             process.kill()
-        for process in self.processes:
             process.join()
 
 
@@ -122,7 +125,7 @@ def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
         try:
             fn, args = pipe.recv()
         except EOFError:
-            os._exit(0)
+            return
         try:
             pipe.send((True, fn(*args)))
         except Exception:

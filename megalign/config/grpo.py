@@ -76,11 +76,6 @@ class GRPOConfig(LoopConfig, ParallelConfig, RolloutConfig):
         super().__post_init__()
 
     @property
-    def clip_range(self) -> tuple[float, float]:
-        """(epsilon, epsilon_high), the latter filled in."""
-        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    @property
     def eval_generations(self) -> int:
         """Completions per prompt in evaluation."""
         return self.num_generations_eval or self.num_generations

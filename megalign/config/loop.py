@@ -102,7 +102,7 @@ class LoopConfig(Config):
     """Name of the run for the reporters; output_dir when not given."""
     project: str = "huggingface"
     """Project of the run for the reporters that have projects (trackio)."""
-    disable_tqdm: bool = False
+    disable_tqdm: bool | None = None
     """Print log lines instead of a progress bar."""
 
     eval_strategy: str = option("no", choices=_INTERVALS)
@@ -130,8 +130,11 @@ class LoopConfig(Config):
     def __post_init__(self) -> None:
         if self.report_to is None or self.report_to in ("none", ["none"]):
             self.report_to = []
-        if self.resume_from_checkpoint is True:
-            self.resume_from_checkpoint = "latest"
+        # transformers takes booleans here; the command line makes text of them.
+        if str(self.resume_from_checkpoint).lower() in ("true", "false"):
+            self.resume_from_checkpoint = (
+                "latest" if str(self.resume_from_checkpoint).lower() == "true" else None
+            )
         super().__post_init__()
 
     @property

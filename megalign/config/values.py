@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -91,13 +92,26 @@ def _example(name: str, members: list[Any]) -> str:
     return f"write e.g. --{name} {examples.get(members[0], 'first second')}"
 
 
+def load_yaml(text: str) -> Any:
+    """yaml.safe_load that also knows 1e-5 as a number, which YAML 1.1 takes for text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return yaml.load(text, Loader)  # a SafeLoader
+
+
 def from_yaml(text: str) -> Any:
     """The YAML value of one command-line word, or the word itself when it is not YAML; None may be spelt
-    None."""
+    None.
+    """
     import yaml
 
     try:
-        loaded = yaml.safe_load(text)
+        loaded = load_yaml(text)
     except yaml.YAMLError:
         return text
     return None if loaded == "None" else loaded

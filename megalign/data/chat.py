@@ -136,17 +136,15 @@ def assistant_tokens(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = _turn_start(tokenizer, messages, index, whole, options)
-        if start < end:
-            raise UserError(_UNCLEAR.format(index=index))
+        start = _turn_start(tokenizer, messages, index, whole, end, options)
         end = _turn_end(tokenizer, messages, index, whole, start, options)
         mask[start:end] = [True] * (end - start)
     return whole, mask
 
 
 _UNCLEAR = (
-    "the chat template renders earlier turns anew after message {index}, so that the assistant's tokens cannot "
-    "be told; chat_template_path can name a template with {{% generation %}} marks"
+    "the chat template renders earlier turns anew after message {index}, so that the assistant's tokens "
+    "cannot be told; chat_template_path can name a template with {{% generation %}} marks"
 )
 
 
@@ -155,11 +153,17 @@ def _turn_start(
     messages: list[Message],
     index: int,
     whole: list[int],
+    earlier: int,  # where the assistant's turn before this one ended
     options: Mapping[str, Any],
 ) -> int:
     if index > 0:
         before = chat_ids(tokenizer, messages[:index], add_generation_prompt=True, options=options)
-        return common_prefix_length(before, whole)
+        opening = len(chat_ids(tokenizer, messages[:index], options=options))
+        start = common_prefix_length(before, whole)
+        if start >= max(earlier, opening - 1):  # - 1: the last token before the opening may melt into it
+            return start
+        # An earlier turn looks different where it is the last: look for the next generation prompt instead.
+        return _end_of(before[opening:], whole, earlier, index)
     # Many templates cannot render an empty list; the turn begins where another content makes a difference.
     content = str(messages[0].get("content", ""))
     other = "B" if content.lstrip()[:1] == "A" else "A"
@@ -183,8 +187,12 @@ def _turn_end(
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     last = max((place for place, token in enumerate(until) if token in special), default=0)
     ending = until[last:]
-    if last >= start:
-        for place in range(start, len(whole) - len(ending) + 1):
-            if whole[place : place + len(ending)] == ending:
-                return place + len(ending)
-    raise UserError(_UNCLEAR.format(index=index + 1))
+    return _end_of(ending if last >= start else [], whole, start, index)
+
+
+def _end_of(part: list[int], whole: list[int], start: int, index: int) -> int:
+    """Where the first occurrence of `part` from `start` on ends."""
+    for place in range(start, len(whole) - len(part) + 1) if part else ():
+        if whole[place : place + len(part)] == part:
+            return place + len(part)
+    raise UserError(_UNCLEAR.format(index=index))

@@ -136,8 +136,8 @@ def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase, form: SFTFormat) ->
             return _from_conversation(as_messages(row[name]), row, tokenizer, form)
     if form.text_field not in row:
         raise UserError(
-            f"its columns are {', '.join(map(repr, row))}; SFT needs {form.text_field!r} (dataset_text_field),"
-            " 'prompt' and 'completion', 'messages' or 'input_ids'"
+            f"its columns are {', '.join(map(repr, row))}; SFT needs {form.text_field!r} "
+            "(dataset_text_field), 'prompt' and 'completion', 'messages' or 'input_ids'"
         )
     return _from_plain_text(needed(row, form.text_field), tokenizer, form)
 
@@ -182,8 +182,9 @@ def _completion_mask(prompt_ids: list[int], ids: list[int], tokenizer: PreTraine
     start = common_prefix_length(prompt_ids, ids)
     if start < len(prompt_ids):
         logger.warning_once(
-            f"a prompt's end, {tokenizer.decode(prompt_ids[start:])!r}, becomes other tokens when the completion "
-            "follows: the model is trained on a prompt it will not see; end prompts where a token ends (shown once)"
+            f"a prompt's end, {tokenizer.decode(prompt_ids[start:])!r}, becomes other tokens when the "
+            "completion follows: the model is trained on a prompt it will not see; end prompts where a token "
+            "ends (shown once)"
         )
     return [False] * start + [True] * (len(ids) - start)
 

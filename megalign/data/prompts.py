@@ -34,8 +34,8 @@ def prepare_prompts(
     limit = None if room is None else room - args.max_completion_length
     if limit is not None and limit < 1:
         raise UserError(
-            f"max_completion_length={args.max_completion_length} leaves no room for prompts in {room} positions;"
-            " lower it"
+            f"max_completion_length={args.max_completion_length} leaves no room for prompts in {room} "
+            "positions; lower it"
         )
     return dataset.map(
         prompt_row,
@@ -68,8 +68,9 @@ def prompt_row(
         raise UserError(f"dataset row {index}: {error}") from error
     if limit is not None and len(ids) > limit:
         raise UserError(
-            f"dataset row {index}: its prompt has {len(ids)} tokens and the limit is {limit} (the model's length "
-            "less max_completion_length); shorten it, raise vllm_max_model_length or lower max_completion_length"
+            f"dataset row {index}: its prompt has {len(ids)} tokens and the limit is {limit} (the model's "
+            "length less max_completion_length); shorten it, raise vllm_max_model_length or lower "
+            "max_completion_length"
         )
     return {"prompt_ids": ids}
 

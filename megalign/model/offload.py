@@ -6,6 +6,7 @@ is real there too. The storages themselves are resized, so every view of them st
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Iterable
 from typing import IO
@@ -45,24 +46,25 @@ class Offload:
         self._away.clear()
 
 
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
 def _store(storage: torch.UntypedStorage) -> Tensor | IO[bytes]:
-    content = _bytes(storage)
-    if content.is_cuda:
+    if storage.device.type == "cuda":
+        content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         return torch.empty(content.shape, dtype=torch.uint8, pin_memory=True).copy_(content)
     file = tempfile.TemporaryFile(prefix="megalign-sleep-")  # noqa: SIM115  closed by wake
-    content.numpy().tofile(file)
+    file.write(_memory(storage))
     return file
 
 
 def _restore(storage: torch.UntypedStorage, kept: Tensor | IO[bytes]) -> None:
-    content = _bytes(storage)
     if isinstance(kept, Tensor):
-        content.copy_(kept)
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).copy_(kept)
         return
     with kept:
         kept.seek(0)
-        kept.readinto(memoryview(content.numpy()))  # type: ignore[attr-defined]
+        read = kept.readinto(_memory(storage))  # type: ignore[attr-defined]
+    assert read == storage.nbytes(), f"{read} of {storage.nbytes()} bytes came back"
+
+
+def _memory(storage: torch.UntypedStorage) -> memoryview:
+    # Not through numpy: torch forbids resizing a storage that numpy has seen.
+    return memoryview((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())).cast("B")

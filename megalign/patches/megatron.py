@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ def install() -> None:
         return
     _installed = True
     _repair_optimizer_checkpoints()
+    _save_without_helper_process()
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
@@ -134,3 +136,15 @@ def _repair_optimizer_checkpoints() -> None:
 
     DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(set_with_step)
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def _save_without_helper_process() -> None:
+    """dist_checkpointing/strategies/filesystem_async.py:48 starts a manager process for the results of a save.
+
+    A synchronous save reads them in the process that wrote them, and a rank that is killed would leave the
+    manager behind with its output pipes open. Goes when saves become asynchronous.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results: queue.Queue[Any] = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results

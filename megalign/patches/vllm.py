@@ -32,8 +32,8 @@ def install(job: str, rank: int) -> None:
 def _name_the_job(job: str, rank: int) -> None:
     """uniproc_executor.py:196 names no job: cpu_worker.py:148 then calls the shared memory of every job "//".
 
-    Two jobs on one machine would meet in one segment. The part after the last colon becomes the name; the host
-    is in it so that a tensor-parallel group over two hosts does not believe it shares memory. Goes when upstream's
+    Two jobs on one machine would meet in one segment. What follows the last colon becomes the name; the host is
+    in it so that a tensor-parallel group over two hosts does not believe it shares memory. Goes when upstream's
     external launcher takes an identity.
     """
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
@@ -62,8 +62,8 @@ def repack_tied_weights(worker: Any) -> None:
     """Packs a tied head anew after a reload, on CPU.
 
     A tied lm_head shares its parameter with the embedding but keeps a oneDNN copy of its own
-    (model_executor/layers/utils.py:587), which reload/layerwise.py:234 leaves as it was: the head would answer
-    with the weights of start-up, silently. Goes when reloading handles tied parameters.
+    (model_executor/layers/utils.py:587), which reload/layerwise.py:234 leaves as it was: the head would
+    answer with the weights of start-up, silently. Goes when reloading handles tied parameters.
     """
     owners: set[int] = set()
     for module in worker.model_runner.model.modules():
@@ -76,10 +76,11 @@ def repack_tied_weights(worker: Any) -> None:
 
 
 def _sleep(self: Any, level: int = 1) -> None:
-    """cpu_worker.py:184 ignores sleep. Level 2 here: weights and KV cache give their pages back to the system.
+    """cpu_worker.py:184 ignores sleep. Here (level 2) weights and KV cache give their pages back to the system.
 
-    The address space stays, so waking allocates nothing and no view is left dangling; pages read as zeros until
-    the reload writes them. The oneDNN copies go for good: a reload makes new ones. Buffers (rotary tables) stay.
+    The address space stays, so waking allocates nothing and no view is left dangling; pages read as zeros
+    until the reload writes them. The oneDNN copies go for good: a reload makes new ones. Buffers stay: rotary
+    tables are not reloaded. Goes when upstream sleeps on CPU.
     """
     assert level == 2, f"sleep level {level} is not there on CPU"
     for module in self.model_runner.model.modules():

@@ -1,1 +1,1 @@
-"""Generation and rewards: the engine's protocol, vLLM behind it, and each completion scored once in the job."""
+"""Generation and rewards: the engine's protocol, vLLM behind it, each completion scored once in the job."""

@@ -23,7 +23,7 @@ class GenerationParams:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     structured_outputs_regex: str | None = None
-    stop_token_ids: tuple[int, ...] = ()  # the tokenizer's eos; the model's generation_config.json adds its own
+    stop_token_ids: tuple[int, ...] = ()  # the tokenizer's eos; generation_config.json adds the model's
     extra: Mapping[str, Any] = field(default_factory=dict)  # `generation_kwargs`: the engine's own names
 
 
@@ -72,7 +72,7 @@ EngineT = TypeVar("EngineT", bound=Sleeper)
 def awake(engine: EngineT, *tags: str) -> Iterator[EngineT]:
     """The engine awake inside the block, asleep after it.
 
-    With tags, a first stage of waking: what they name stays awake for the block that follows, since the weights
+    With tags, a first stage of waking: what they name stays awake for the block that follows, since weights
     which were just synchronised would otherwise be lost. An error leaves the engine as it is: the job ends.
     """
     engine.wake(*tags)

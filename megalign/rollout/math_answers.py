@@ -1,7 +1,7 @@
 """math-verify in a process of its own, which can be ended: `MathAnswers.judge`, and the process's main below.
 
-math-verify's own time limits are signals, which only a main thread gets, and sympy can compute for hours over an
-answer such as 9^(9^(9^9)) without ever looking at a signal.
+math-verify's own time limits are signals, which only a main thread gets, and sympy can compute for hours over
+an answer such as 9^(9^(9^9)) without ever looking at a signal.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class MathAnswers:
 
 
 def _read_line(stream: IO[str], seconds: float) -> str:
-    """One line, or "" when none came in time. A line is written whole, so the first byte means the rest is near."""
+    """One line, or "" when none came in time; a line is written whole, so its first byte is enough."""
     ready, _, _ = select.select([stream], [], [], seconds)
     return stream.readline() if ready else ""
 
@@ -119,7 +119,9 @@ def _judge_with_math_verify() -> Any:
         gold_parsed = parse(gold, parsing_timeout=10)
         if not gold_parsed:
             return Verdict(None, "[unparseable]", "[skipped]")
-        parsed = parse(answer, extraction_config=[extraction], extraction_mode="first_match", parsing_timeout=10)
+        parsed = parse(
+            answer, extraction_config=[extraction], extraction_mode="first_match", parsing_timeout=10
+        )
         equal = verify(gold_parsed, parsed, timeout_seconds=5)
         return Verdict(float(equal), str(gold_parsed), str(parsed) if parsed else "[unparseable]")
 

@@ -1,4 +1,4 @@
-"""From vLLM's replicas (runs of consecutive ranks) to every rank: Megatron's data parallelism splits them anew."""
+"""From vLLM's replicas (runs of consecutive ranks) to every rank; Megatron's data ranks are other sets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def redistribute(
 ) -> list[Completion]:
     """All completions of the job on every rank, in the order of the prompts.
 
-    One broadcast for each replica, from its first rank: an all-gather of objects would pad every rank's part to
-    the largest, and only one rank in each replica has anything to say.
+    One broadcast for each replica, from its first rank: an all-gather of objects would pad every rank's part
+    to the largest, and only one rank in each replica has anything to say.
     """
     if rollout.num_replicas == 1:
         return completions

@@ -1,7 +1,7 @@
 """Reward functions that come with megalign, with TRL's names and answers, and how a name finds a function.
 
-A reward function takes keyword arguments (prompts, completions, completion_ids, the dataset's columns, ...) and
-returns one number for each completion, or None where it does not apply.
+A reward function takes keyword arguments (prompts, completions, completion_ids, the dataset's columns, ...)
+and returns one number for each completion, or None where it does not apply.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def accuracy_reward(
     log_extra: Callable[[str, list[Any]], None] | None = None,
     **kwargs: Any,
 ) -> Rewards:
-    """1 where math-verify finds the completion's LaTeX answer equal to the solution, else 0; None without a gold."""
+    """1 where math-verify finds the LaTeX answer equal to the solution, else 0; None without a gold."""
     return _judge(_texts(completions), solution, log_extra)
 
 
@@ -75,7 +75,7 @@ def get_soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int
 
 
 def get_repetition_penalty_reward(ngram_size: int = 3, max_penalty: float = -1.0) -> RewardFunction:
-    """Arxiv 2502.03373 C.2: max_penalty times the share of repeated token n-grams; 0 when shorter than one."""
+    """arXiv 2502.03373 C.2: max_penalty times the share of repeated token n-grams; 0 without one."""
     if max_penalty > 0:
         raise UserError(f"max_penalty {max_penalty} must not be positive; give {-max_penalty}")
 
@@ -97,7 +97,7 @@ def get_cosine_scaled_reward(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
 ) -> RewardFunction:
-    """Arxiv 2502.03373 C.1: accuracy_reward, where short right answers and long wrong ones are worth more."""
+    """arXiv 2502.03373 C.1: accuracy_reward, where short right answers and long wrong ones are worth more."""
 
     def cosine_scaled_reward(
         completions: Completions, solution: list[str], completion_ids: list[list[int]], **kwargs: Any
@@ -107,7 +107,9 @@ def get_cosine_scaled_reward(
             if correct is None:
                 rewards.append(None)
                 continue
-            short, long = (max_value_correct, min_value_correct) if correct else (min_value_wrong, max_value_wrong)
+            short, long = (
+                (max_value_correct, min_value_correct) if correct else (min_value_wrong, max_value_wrong)
+            )
             # Beyond max_len the cosine would rise again.
             progress = min(len(ids) / max_len, 1.0)
             rewards.append(long + 0.5 * (short - long) * (1.0 + math.cos(progress * math.pi)))
@@ -132,16 +134,18 @@ FACTORIES = ("get_soft_overlong_punishment", "get_repetition_penalty_reward", "g
 
 
 def resolve(name: str) -> RewardFunction:
-    """The function behind a built-in's name, a dotted path (my.module.func) or a file (path/to/file.py:func)."""
+    """The function behind a built-in's name, a dotted path (my.module.func) or path/to/file.py:func."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name in FACTORIES:
         raise UserError(
-            f"reward function {name!r} takes numbers first; write `reward = {name}(...)` in a file rewards.py and "
-            "give rewards.py:reward"
+            f"reward function {name!r} takes numbers first; write `reward = {name}(...)` in a file rewards.py "
+            "and give rewards.py:reward"
         )
     if os.path.isdir(name):
-        raise UserError(f"reward function {name!r} is a directory: reward models are not built yet; give a function")
+        raise UserError(
+            f"reward function {name!r} is a directory: reward models are not built yet; give a function"
+        )
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return _attribute(name, _module_from_file(path), attribute)
@@ -186,14 +190,18 @@ def _attribute(name: str, module: Any, attribute: str) -> RewardFunction:
     members = vars(module)
     if callable(members.get(attribute)):
         return members[attribute]
-    functions = [member for member, value in members.items() if callable(value) and not member.startswith("_")]
+    functions = [
+        member for member, value in members.items() if callable(value) and not member.startswith("_")
+    ]
     near = difflib.get_close_matches(attribute, functions, n=1)
     meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(functions)) or 'no function'}"
     raise UserError(f"reward function {name!r}: {attribute!r} is no function of {module.__name__}; {meant}")
 
 
 def _texts(completions: Completions) -> list[str]:
-    return [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+    return [
+        completion if isinstance(completion, str) else completion[0]["content"] for completion in completions
+    ]
 
 
 def _after_reasoning(text: str, delimiters: list[str]) -> str | None:

@@ -1,7 +1,7 @@
 """RewardRunner: every completion scored exactly once in the job, whole groups at a time, under a time limit.
 
-A reward function may be a paid judge, so it runs on the data-parallel leaders only; every rank gets the result,
-and every rank raises the same error when one fails.
+A reward function may be a paid judge, so it runs on the data-parallel leaders only; every rank gets the
+result, and every rank raises the same error when one fails.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class RewardRunner:
     ) -> None:
         if not reward_funcs:
             raise UserError("no reward function was given; pass reward_funcs, for example length_reward")
-        self.functions = [resolve(func) if isinstance(func, str) else _callable(func) for func in reward_funcs]
+        self.functions = [
+            resolve(func) if isinstance(func, str) else _callable(func) for func in reward_funcs
+        ]
         self.names = [_name(func) for func in self.functions]
         self._groups = groups
         self._timeout = timeout
@@ -71,10 +73,10 @@ class RewardRunner:
         group_size: int,
         trainer_state: Any = None,
     ) -> RewardResult:
-        """Scores the job's completions, which every rank holds; prompts[i] and texts[i] belong to completions[i].
+        """Scores the job's completions, which every rank holds; prompts[i], texts[i] belong to completions[i].
 
-        A prompt that is a list of messages gets its completion as one assistant message, otherwise as text. The
-        completions' `row` gives the columns.
+        A prompt that is a list of messages gets its completion as one assistant message, otherwise as text.
+        The completions' `row` gives the columns.
         """
         assert len(completions) == len(prompts) == len(texts), "a prompt and a text for each completion"
         assert len(completions) % group_size == 0, f"{len(completions)} completions in groups of {group_size}"
@@ -98,8 +100,8 @@ class RewardRunner:
         thread.join(self._timeout)
         if thread.is_alive():
             share.error = (
-                f"reward function {scoring.unfinished()} did not answer within reward_timeout {self._timeout:g} s; "
-                "make it faster or raise reward_timeout"
+                f"reward function {scoring.unfinished()} did not answer within reward_timeout "
+                f"{self._timeout:g} s; make it faster or raise reward_timeout"
             )
         elif scoring.error is not None:
             share.error = scoring.error
@@ -121,7 +123,9 @@ class RewardRunner:
         rewards = [torch.tensor(share.rewards, dtype=torch.float32).T for share in shares]
         columns = list(dict.fromkeys(column for share in shares for column in share.extra))
         names = list(dict.fromkeys(name for share in shares for name in share.metrics))
-        reported = {name: [value for share in shares for value in share.metrics.get(name, [])] for name in names}
+        reported = {
+            name: [value for share in shares for value in share.metrics.get(name, [])] for name in names
+        }
         return RewardResult(
             rewards=torch.cat(rewards) if rewards else torch.empty(0, len(self.functions)),
             extra={
@@ -184,7 +188,8 @@ class _Scoring:
         else:
             frame = inspect.getinnerframes(error.__traceback__)[-1] if error.__traceback__ else None
             where = f" at {frame.filename}:{frame.lineno}" if frame else ""
-            text = f"it raised {type(error).__name__}: {error}{where}; it must return a number or None per completion"
+            told = f"{type(error).__name__}: {error}{where}"
+            text = f"it raised {told}; it must return a number or None for each completion"
         self.error = self.error or " ".join(f"reward function {self.names[i]!r}: {text}".split())
 
     def _accept(self, i: int, values: Any) -> None:
@@ -192,11 +197,13 @@ class _Scoring:
         if hasattr(values, "tolist"):  # numpy and torch
             values = values.tolist()
         if not isinstance(values, Sequence) or isinstance(values, str):
-            raise UserError(f"it returned {type(values).__name__}; return a list of {self.count} numbers (or None)")
+            raise UserError(
+                f"it returned {type(values).__name__}; return a list of {self.count} numbers (or None)"
+            )
         if len(values) != self.count:
             raise UserError(
-                f"it returned {len(values)} values for {self.count} completions; return one for each, None where it "
-                "does not apply"
+                f"it returned {len(values)} values for {self.count} completions; return one for each, None where "
+                "it does not apply"
             )
         self.rewards[i] = [_number(index, value) for index, value in enumerate(values)]
 

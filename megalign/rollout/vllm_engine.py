@@ -90,7 +90,10 @@ class VllmEngine:
             }
         else:
             # Sleep is ours (patches/vllm.py); vLLM would refuse the option here.
-            on_device = {"enforce_eager": True, "kv_cache_memory_bytes": int(args.vllm_cpu_kv_cache_gib * 2**30)}
+            on_device = {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(args.vllm_cpu_kv_cache_gib * 2**30),
+            }
         try:
             return self._vllm.LLM(
                 model=model_path,
@@ -122,7 +125,9 @@ class VllmEngine:
         last = len(prompts) * (self._replica + 1) // self.num_replicas
         if first == last:
             return []
-        with _untouched_rngs():  # vLLM draws from torch's default generator even when every request has a seed
+        with (
+            _untouched_rngs()
+        ):  # vLLM draws from torch's default generator even when every request has a seed
             outputs = self._llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts[first:last]],
                 [self._sampling_params(params, seed) for seed in seeds[first:last]],
@@ -206,7 +211,9 @@ class VllmEngine:
                 **extra,
             )
         except (ValueError, TypeError, self._vllm.exceptions.VLLMValidationError) as error:
-            raise UserError(f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _import_vllm() -> Any:

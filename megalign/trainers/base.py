@@ -268,7 +268,6 @@ class Trainer:
         if name == "eval_dataset" and isinstance(dataset, Mapping):
             return {part: self._prepare(rows, name) for part, rows in dataset.items()}
         return once_per_job(
-            self.groups.world.rank == 0,
             lambda: self.tokenized(as_dataset(dataset, name), for_evaluation=name == "eval_dataset"),
             self.args.output_dir,
         )

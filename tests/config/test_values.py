@@ -24,13 +24,13 @@ def error(call, **values) -> str:
     "wrong, right",
     [
         ("learning_rte", "learning_rate"),
-        ("num_generation", "num_generations"),
+        ("packin", "packing"),
         ("tensor_parallel_size", "tensor_model_parallel_size"),
         ("batch_size", "per_device_train_batch_size"),
     ],
 )
 def test_an_unknown_field_is_named_with_the_nearest_right_one(wrong, right):
-    message = error(GRPOConfig, **{wrong: 1})
+    message = error(SFTConfig, **{wrong: 1})
     assert wrong in message and f"did you mean {right}?" in message
 
 
@@ -111,7 +111,13 @@ def test_grpo_refuses_by_name(values):
 
 def test_values_that_ask_for_nothing_pass():
     GRPOConfig(
-        fp16=False, use_liger_kernel=False, push_to_hub=False, deepspeed=None, fsdp="", use_peft=False, tools=None
+        fp16=False,
+        use_liger_kernel=False,
+        push_to_hub=False,
+        deepspeed=None,
+        fsdp="",
+        use_peft=False,
+        tools=None,
     )
 
 

@@ -42,9 +42,6 @@ def test_masks_without_marks_are_those_with_marks(name: str, conversation: list[
     expected = expected_tokenizer.apply_chat_template(
         conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    if name == "qwen3" and conversation == CONVERSATIONS["two answers in a row"]:
-        expected["assistant_masks"] = None  # see the test below
-        return
     ids, mask = assistant_tokens(make_tokenizer(unmarked(TEMPLATES[name])), conversation, options={})
     assert ids == expected["input_ids"]
     assert mask == [bool(bit) for bit in expected["assistant_masks"]]
@@ -68,6 +65,17 @@ def test_masks_of_the_real_templates_cover_each_answer_to_its_end_of_turn(family
     assert mine == f"It is blue.{end}{thought}Because of the air.{end}"
 
 
+def test_the_mask_of_llama3_is_that_of_trls_training_template() -> None:
+    conversation = [USER, {"role": "assistant", "content": "  It is blue. "}, WHY, BECAUSE]
+    expected = make_tokenizer((TRL_TEMPLATES / "llama3_training.jinja").read_text()).apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    tokenizer = make_tokenizer((TRL_TEMPLATES / "llama3.jinja").read_text())
+    ids, mask = assistant_tokens(tokenizer, conversation, options={})
+    assert ids == expected["input_ids"]
+    assert mask == [bool(bit) for bit in expected["assistant_masks"]]
+
+
 def test_an_answer_that_opens_the_conversation_is_found() -> None:
     tokenizer = make_tokenizer(unmarked(TEMPLATES["chatml"]))
     ids, mask = assistant_tokens(tokenizer, [ANSWER, WHY, BECAUSE], options={})
@@ -76,7 +84,9 @@ def test_an_answer_that_opens_the_conversation_is_found() -> None:
 
 
 def test_a_template_that_renders_earlier_turns_anew_is_refused() -> None:
-    template = "{{ messages | length }}" + unmarked(TEMPLATES["chatml"])
+    template = "{{ messages | length }}"
+    template += "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     with pytest.raises(UserError, match="chat_template_path"):
         assistant_tokens(make_tokenizer(template), [USER, ANSWER, WHY, BECAUSE], options={})
 

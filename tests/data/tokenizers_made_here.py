@@ -18,7 +18,8 @@ SPECIAL = [
     "</s>",
 ]
 TEXT = [
-    "The quick brown fox jumps over the lazy dog. What color is the sky? It is blue. Why? Because of the air.",
+    "The quick brown fox jumps over the lazy dog. What color is the sky? It is blue.",
+    "Why? Because of the air.",
     "user assistant system tool You are a helpful assistant. one two three\n\nfour five\nsix. 1 + 2 = 3",
     "<think>\nLet me see.\n</think>\n\nThe answer is 42.",
 ]

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from megalign.batch import Completion
 from tests.ranks import run_ranks
-from tests.rollout.vllm_ranks import PROMPTS, observe, weights_of
+from tests.rollout.vllm_ranks import KV_CACHE_BYTES, PROMPTS, observe, weights_of
 
 pytestmark = pytest.mark.vllm
 VOCAB = 259  # vLLM pads to 320, and at TP2 to another number
@@ -27,12 +27,18 @@ VOCAB = 259  # vLLM pads to 320, and at TP2 to another number
 def make_model(family: str, path: Path) -> str:
     """A tiny random model with a word-level tokenizer of single characters."""
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 128,
-        "intermediate_size": 96,
+        "intermediate_size": 8192,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -53,7 +59,9 @@ def make_model(family: str, path: Path) -> str:
     # Shorter than the model's vocabulary, as real ones often are.
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(97 + i): 3 + i for i in range(26)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(
+        path
+    )
     return str(path)
 
 
@@ -152,11 +160,15 @@ def test_a_completion_ends_with_its_stop_token(seen: dict[str, Any]) -> None:
     assert first.completion_ids[-1] == eos and eos not in first.completion_ids[:-1]
     assert len(first.logprobs) == len(first.completion_ids)
     for completion in everyone(seen, "second"):
-        assert completion.finish_reason == "length" and len(completion.completion_ids) == 12
+        by_eos = completion.completion_ids[-1] == 2  # the tokenizer's, which this engine knows
+        assert completion.finish_reason == ("stop" if by_eos else "length")
+        assert by_eos or len(completion.completion_ids) == 12
 
 
 def test_sampling_options_reach_vllm(seen: dict[str, Any]) -> None:
-    assert all(value == 0.0 for completion in everyone(seen, "greedy_by_top_k") for value in completion.logprobs)
+    assert all(
+        value == 0.0 for completion in everyone(seen, "greedy_by_top_k") for value in completion.logprobs
+    )
     plain = everyone(seen, "second")
     for name in ("top_p", "min_p", "penalty"):
         assert everyone(seen, name) != plain
@@ -174,7 +186,9 @@ def test_user_errors_name_the_value(seen: dict[str, Any]) -> None:
         assert rank["owned_extra"].startswith("UserError: generation_kwargs['temperature']")
         assert rank["bad_value"].startswith("UserError:") and "9.0" in rank["bad_value"]
         assert "prompt 0 has 128 tokens" in rank["too_long"]
-        assert all("\n" not in rank[name] for name in ("unknown_extra", "owned_extra", "bad_value", "too_long"))
+        assert all(
+            "\n" not in rank[name] for name in ("unknown_extra", "owned_extra", "bad_value", "too_long")
+        )
 
 
 def test_nothing_is_sampled_from_weights_that_did_not_come(seen: dict[str, Any]) -> None:
@@ -187,8 +201,8 @@ def test_nothing_is_sampled_from_weights_that_did_not_come(seen: dict[str, Any])
 
 def test_sleep_gives_memory_back_and_waking_gives_the_same_answers(seen: dict[str, Any]) -> None:
     for rank in seen["ranks"]:
-        # Weights are about 1.3 MB a rank (twice the head); the touched KV blocks: 7 x 2 x 128 x 2 x 64 x 4 bytes.
-        assert rank["resident_awake"] - rank["resident_asleep"] > 1 << 20
+        weights = 2 * 3 * 128 * 8192 * 4 / seen["tp"]  # the layers' MLPs; attention and vocabulary are small
+        assert rank["resident_awake"] - rank["resident_asleep"] > 0.95 * (KV_CACHE_BYTES + weights)
         assert rank["asleep_again"] == ["kv_cache", "weights"]
         assert not rank["shared_memory"]
     assert everyone(seen, "after_sleep") == everyone(seen, "second")

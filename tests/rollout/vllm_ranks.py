@@ -21,6 +21,7 @@ from megalign.rollout.engine import GenerationParams, awake
 from megalign.rollout.redistribute import redistribute
 
 PROMPTS = [[1, 5 + i, 17, 40 + 3 * i] for i in range(7)]  # 7: no layout divides it
+KV_CACHE_BYTES = 64 << 20
 SEEDS = [100 + i for i in range(7)]
 
 
@@ -43,7 +44,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
         vllm_tensor_parallel_size=vllm_tp,
         vllm_max_model_length=128,
         vllm_enable_sleep_mode=True,
-        vllm_cpu_kv_cache_gib=0.25,
+        vllm_cpu_kv_cache_gib=KV_CACHE_BYTES / 2**30,
         vllm_structured_outputs_regex="[ab]+c",  # makes the engine load the tokenizer
         bf16=False,
     )
@@ -90,6 +91,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     seen["missing"] = _error_of(lambda: engine.update_weights(list(weights_of(path, 2).items())[1:]))
 
     engine.update_weights(weights_of(path, 2).items())
+    _touch_kv_cache(engine)
     seen["resident_awake"] = resident_bytes()
     with timed("sleep"):
         engine.sleep()
@@ -103,6 +105,12 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     seen["asleep_again"] = sorted(engine._asleep)
     seen["shared_memory"] = [name for name in os.listdir("/dev/shm") if "cpushm" in name]
     return seen
+
+
+def _touch_kv_cache(engine: Any) -> None:
+    """As long use would: a fresh cache is address space without memory."""
+    engine._llm.collective_rpc(lambda worker: [cache.fill_(1) for cache in worker.model_runner.kv_caches])
+    engine._llm.reset_prefix_cache()
 
 
 def _process_state() -> list[Any]:

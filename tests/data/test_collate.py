@@ -1,0 +1,112 @@
+"""Packed batches by hand, and properties of every packing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalign.batch import Completion
+from megalign.data.collate import completion_batch, pack
+
+
+def completion(index: int, prompt: list[int], ids: list[int], **fields: object) -> Completion:
+    defaults = {"logprobs": [-0.5 * token for token in ids], "finish_reason": "stop", "policy_version": 0}
+    return Completion(index=index, prompt_ids=prompt, completion_ids=ids, **{**defaults, **fields})
+
+
+def test_sequences_stand_one_after_the_other_with_a_dummy_tail() -> None:
+    batch = pack(
+        [
+            {"tokens": [1, 2, 3], "loss_mask": [True, True, False], "weights": [0.1, 0.2, 0.3], "reward": 1},
+            {"tokens": [4, 5], "weights": [0.4, 0.5], "reward": 2.5},
+        ],
+        multiple=4,
+    )
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 0, 0, 0] and batch.tokens.dtype == torch.int64
+    assert batch.cu_seqlens.tolist() == [0, 3, 5, 8] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.num_sequences == 2 and batch.lengths.tolist() == [3, 2]
+    # the first token of a sequence has nothing before it to be predicted from
+    assert batch["loss_mask"].tolist() == [False, True, False, False, True, False, False, False]
+    torch.testing.assert_close(batch["weights"], torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0, 0, 0]))
+    assert batch["reward"].tolist() == [1.0, 2.5]
+
+
+def test_a_batch_that_is_full_has_no_tail() -> None:
+    batch = pack([{"tokens": [1, 2]}, {"tokens": [3, 4]}], multiple=4)
+    assert batch.cu_seqlens.tolist() == [0, 2, 4]
+
+
+def test_each_sequence_is_padded_inside_itself() -> None:
+    batch = pack(
+        [{"tokens": [1, 2, 3], "x": [7.0, 8, 9]}, {"tokens": [4], "x": [1.0]}],
+        multiple=8,
+        sequence_multiple=4,
+    )
+    assert batch.tokens.tolist() == [1, 2, 3, 0, 4, 0, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8]
+    assert batch["loss_mask"].tolist() == [False, True, True] + 5 * [False]
+    assert batch["x"].tolist() == [7, 8, 9, 0, 1, 0, 0, 0]
+
+
+def test_no_sequences_make_a_dummy_batch() -> None:
+    batch = pack([], multiple=6)
+    assert batch.num_sequences == 0 and batch.num_tokens == 6 and not batch["loss_mask"].any()
+
+
+def test_columns_shorter_than_their_tokens_are_caught() -> None:
+    with pytest.raises(AssertionError, match="x: 1 values for 2 tokens"):
+        pack([{"tokens": [1, 2], "x": [1.0]}])
+    with pytest.raises(AssertionError, match="loss_mask: 3 values"):
+        pack([{"tokens": [1, 2], "loss_mask": [True] * 3}])
+
+
+def test_completions_are_trained_on_and_prompts_are_not() -> None:
+    batch = completion_batch(
+        [
+            completion(0, [9, 8], [1, 2, 3], completion_mask=[True, False, True]),
+            completion(1, [7], [4, 5], finish_reason="length", logprobs=[math.nan, -2.0]),
+        ],
+        mask_truncated_completions=False,
+        advantages=[0.5, -1.0],
+        temperature=0.7,
+        multiple=5,
+    )
+    assert batch.tokens.tolist() == [9, 8, 1, 2, 3, 7, 4, 5, 0, 0]
+    assert batch["loss_mask"].int().tolist() == [0, 0, 1, 0, 1, 0, 1, 1, 0, 0]
+    expected = torch.tensor([0, 0, -0.5, -1, -1.5, 0, math.nan, -2, 0, 0])
+    torch.testing.assert_close(batch["rollout_logprobs"], expected, equal_nan=True)
+    assert batch["advantages"].tolist() == [0.5, -1.0]
+    torch.testing.assert_close(batch["temperature"], torch.tensor([0.7, 0.7]))
+
+
+@pytest.mark.parametrize(("masks", "expected"), [(True, [0, 0, 0]), (False, [0, 1, 1])])
+def test_truncated_completions_can_be_masked_and_stay_sequences(masks: bool, expected: list[int]) -> None:
+    batch = completion_batch(
+        [completion(0, [7], [4, 5], finish_reason="length")], mask_truncated_completions=masks
+    )
+    assert batch["loss_mask"].int().tolist() == expected and batch.num_sequences == 1
+    assert "advantages" not in batch and "temperature" not in batch
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    sequence_multiple=st.integers(1, 4),
+    factor=st.integers(1, 3),
+)
+def test_every_packing_keeps_tokens_and_multiples(
+    lengths: list[int], sequence_multiple: int, factor: int
+) -> None:
+    multiple = sequence_multiple * factor
+    sequences = [{"tokens": [10 * row + 1] * length} for row, length in enumerate(lengths)]
+    batch = pack(sequences, multiple=multiple, sequence_multiple=sequence_multiple)
+    assert batch.num_tokens % multiple == 0 and batch.num_tokens == batch.cu_seqlens[-1]
+    assert (batch.cu_seqlens % sequence_multiple == 0).all()
+    assert len(batch.cu_seqlens) - 1 - batch.num_sequences in (0, 1)
+    assert batch["loss_mask"].sum() == sum(lengths) - len(lengths)
+    for row, start in enumerate(batch.cu_seqlens[: batch.num_sequences].tolist()):
+        assert batch.tokens[start : start + lengths[row]].eq(10 * row + 1).all()

@@ -1,0 +1,211 @@
+"""Tokens and loss masks of every SFT format against TRL 1.16's own preparation of the same rows."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from trl.trainer.sft_trainer import SFTTrainer
+
+from megalign.config import SFTConfig
+from megalign.data.datasets import prepare_sft
+from megalign.data.packing import sequences_of
+from megalign.errors import UserError
+from tests.data.tokenizers_made_here import TEMPLATES, make_tokenizer, marked, unmarked
+
+USER = {"role": "user", "content": "What color is the sky?"}
+ANSWER = {"role": "assistant", "content": "It is blue."}
+WHY = {"role": "user", "content": "Why?"}
+BECAUSE = {"role": "assistant", "content": "Because of the air."}
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text": [
+        {"text": "The quick brown fox"},
+        {"text": "jumps over.<|endoftext|>"},
+        {"text": "one two three"},
+    ],
+    "other text column": [{"body": "The quick brown fox"}],
+    "prompt and completion": [
+        {"prompt": "What color is the sky? ", "completion": "It is blue."},
+        {"prompt": "1 + 2 =", "completion": " 3"},
+        {"prompt": "", "completion": "one two"},
+    ],
+    "conversational prompt and completion": [
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": [USER, ANSWER, WHY], "completion": [BECAUSE]},
+    ],
+    "messages": [{"messages": [USER, ANSWER, WHY, BECAUSE]}, {"messages": [USER, ANSWER]}],
+    "sharegpt": [
+        {
+            "conversations": [
+                {"from": "user", "value": USER["content"]},
+                {"from": "assistant", "value": "It is blue."},
+            ]
+        }
+    ],
+    "tokens": [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}],
+    "tokens with labels": [{"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}],
+    "tokens with both masks": [
+        {"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 1, 0]}
+    ],
+}
+CONVERSATIONAL = ("conversational prompt and completion", "messages", "sharegpt")
+
+
+def trl_rows(rows: list[dict[str, Any]], template: str, args: SFTConfig) -> list[dict[str, Any]]:
+    tokenizer = make_tokenizer(template)
+    is_completion = "completion" in rows[0] or "completion_mask" in rows[0]
+    only = is_completion if args.completion_only_loss is None else args.completion_only_loss
+    trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=only)
+    prepared = SFTTrainer._prepare_dataset(
+        trainer, Dataset.from_list(rows), tokenizer, args, args.packing, None, "train"
+    )
+    return [
+        {"input_ids": row["input_ids"], "loss_mask": [label != -100 for label in row["labels"]]}
+        | ({"seq_lengths": row["seq_lengths"]} if "seq_lengths" in row else {})
+        for row in prepared
+    ]
+
+
+def config(**fields: Any) -> SFTConfig:
+    return SFTConfig(**{"shuffle_dataset": False, **fields})
+
+
+def our_rows(rows: list[dict[str, Any]], template: str | None, args: SFTConfig) -> list[dict[str, Any]]:
+    return list(prepare_sft(Dataset.from_list(rows), make_tokenizer(template), args))
+
+
+@pytest.mark.parametrize("completion_only", [None, False])
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_of_every_format_are_trls(form: str, completion_only: bool | None) -> None:
+    args = config(
+        completion_only_loss=completion_only, dataset_text_field="body" if "other" in form else "text"
+    )
+    template = unmarked(TEMPLATES["chatml"])
+    ours = our_rows(ROWS[form], template, args)
+    assert ours == trl_rows(ROWS[form], template, args)
+    assert len(ours) == len(ROWS[form])
+
+
+@pytest.mark.parametrize("completion_only", [None, False])
+@pytest.mark.parametrize("name", ["chatml", "llama3"])
+@pytest.mark.parametrize("form", CONVERSATIONAL)
+def test_assistant_only_loss_is_trls_with_a_marked_template(
+    form: str, name: str, completion_only: bool | None
+) -> None:
+    args = config(assistant_only_loss=True, completion_only_loss=completion_only)
+    expected = trl_rows(ROWS[form], marked(TEMPLATES[name]), args)
+    assert our_rows(ROWS[form], unmarked(TEMPLATES[name]), args) == expected
+    assert our_rows(ROWS[form], marked(TEMPLATES[name]), args) == expected
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("form", ["prompt and completion", "messages", "tokens with labels"])
+def test_rows_are_cut_and_fully_masked_ones_dropped_as_trl_does(form: str, mode: str) -> None:
+    args = config(max_length=2 if "tokens" in form else 6, truncation_mode=mode)
+    template = unmarked(TEMPLATES["chatml"])
+    ours = our_rows(ROWS[form], template, args)
+    assert ours == trl_rows(ROWS[form], template, args)
+    assert max(len(row["input_ids"]) for row in ours) <= args.max_length
+    if form == "prompt and completion" and mode == "keep_start":
+        assert len(ours) < len(ROWS[form])
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packs_are_trls(strategy: str) -> None:
+    args = config(packing=True, packing_strategy=strategy, max_length=12)
+    template = unmarked(TEMPLATES["chatml"])
+    rows = ROWS["prompt and completion"] * 3
+    ours, theirs = our_rows(rows, template, args), trl_rows(rows, template, args)
+    assert [row["input_ids"] for row in ours] == [row["input_ids"] for row in theirs]
+    assert [row["loss_mask"] for row in ours] == [row["loss_mask"] for row in theirs]
+    lengths = [[len(row["input_ids"])] if strategy == "wrapped" else row["seq_lengths"] for row in theirs]
+    assert [row["seq_lengths"] for row in ours] == lengths
+    sequences = [len(sequence["tokens"]) for row in ours for sequence in sequences_of(row)]
+    assert sequences == [length for row in lengths for length in row]
+
+
+def test_packing_shuffles_first_when_rows_are_shuffled_as_trl_does() -> None:
+    args = config(packing=True, max_length=24, shuffle_dataset=True)
+    rows = [{"text": word} for word in ["one", "two", "three", "four", "five", "six", "user", "tool"]]
+    # TRL shuffles the packs once more; our sampler does that, epoch by epoch.
+    theirs = trl_rows(rows, "", args)
+    ours = our_rows(rows, "", args)
+    assert sorted(row["input_ids"] for row in ours) == sorted(row["input_ids"] for row in theirs)
+    assert ours != our_rows(rows, "", config(packing=True, max_length=24))
+
+
+def test_packing_of_the_evaluation_rows_can_differ() -> None:
+    dataset = Dataset.from_list(ROWS["text"])
+    rows = prepare_sft(dataset, make_tokenizer(), config(packing=True), packing=False)
+    assert rows.column_names == ["input_ids", "loss_mask"] and len(rows) == 3
+
+
+def test_the_completion_of_messages_is_their_last_message() -> None:
+    template = unmarked(TEMPLATES["chatml"])
+    rows = our_rows(ROWS["messages"], template, config(completion_only_loss=True))
+    expected = our_rows(ROWS["conversational prompt and completion"], template, config())
+    assert rows == expected[::-1]
+
+
+def test_a_completion_mask_that_is_there_counts_and_can_be_switched_off() -> None:
+    rows = [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}]
+    assert our_rows(rows, None, config())[0]["loss_mask"] == [False, True, True]
+    assert our_rows(rows, None, config(completion_only_loss=False))[0]["loss_mask"] == [True, True, True]
+
+
+def test_tokenized_rows_need_no_tokenizer() -> None:
+    rows = prepare_sft(Dataset.from_list(ROWS["tokens with labels"]), None, config())
+    assert list(rows) == [{"input_ids": [5, 6, 7], "loss_mask": [False, True, False]}]
+    with pytest.raises(UserError, match="need a tokenizer"):
+        prepare_sft(Dataset.from_list(ROWS["text"]), None, config())
+
+
+def test_sharegpt_names_become_roles() -> None:
+    conversation = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": ANSWER["content"]}]
+    template = unmarked(TEMPLATES["chatml"])
+    args = config(assistant_only_loss=True)
+    ours = our_rows([{"conversations": conversation}], template, args)
+    assert ours == our_rows([{"messages": [USER, ANSWER]}], template, args)
+
+
+def test_tools_and_template_arguments_of_a_row_reach_the_template() -> None:
+    template = "{{ tools[0]['name'] + greeting }}" + unmarked(TEMPLATES["chatml"])
+    row = {
+        "messages": [USER, ANSWER],
+        "tools": '[{"name": "add"}]',
+        "chat_template_kwargs": {"greeting": " Hi"},
+    }
+    ids = our_rows([row], template, config())[0]["input_ids"]
+    assert make_tokenizer().decode(ids).startswith("add Hi<|im_start|>")
+
+
+BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
+    "no text": ([{"text": "one"}, {"text": None}], {}, "row 1.*'text'"),
+    "no known column": ([{"body": "one"}], {}, "row 0.*'body'.*dataset_text_field"),
+    "prompt alone": ([{"prompt": "one"}], {}, "row 0.*'completion'"),
+    "half conversational": ([{"prompt": [USER], "completion": "x"}], {}, "row 0.*both"),
+    "messages that are text": ([{"messages": "one"}], {}, "row 0.*role"),
+    "number as text": ([{"text": 3}], {}, "row 0.*text"),
+    "short mask": ([{"input_ids": [5, 6], "labels": [5]}], {}, "row 0.*1 values for 2"),
+    "shifted labels": ([{"input_ids": [5, 6], "labels": [6, 7]}], {}, "row 0.*shift"),
+    "assistant of text": ([{"text": "one"}], {"assistant_only_loss": True}, "row 0.*assistant_only_loss"),
+    "no assistant": ([{"messages": [USER]}], {"assistant_only_loss": True}, "row 0.*assistant_only_loss"),
+    "completion of text": ([{"text": "one"}], {"completion_only_loss": True}, "row 0.*completion_only_loss"),
+    "nothing left": ([{"prompt": "one two", "completion": "x"}], {"max_length": 2}, "max_length=2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_by_its_number(case: str) -> None:
+    rows, fields, message = BAD_ROWS[case]
+    with pytest.raises(UserError, match=message) as caught:
+        our_rows(rows, unmarked(TEMPLATES["chatml"]), config(**fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_text_needs_an_end_token() -> None:
+    with pytest.raises(UserError, match="eos_token"):
+        prepare_sft(Dataset.from_list(ROWS["text"]), make_tokenizer(eos_token=None), config())

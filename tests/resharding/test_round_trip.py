@@ -1,0 +1,199 @@
+"""Hugging Face -> Megatron -> Hugging Face on real ranks and real models, bitwise at every layout."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megalign.conversion.architecture import Architecture
+from megalign.conversion.hf_files import read_config
+from megalign.errors import UserError
+from megalign.model.build import HiddenStatesModel, build_model
+from megalign.resharding.export import gathered, named_slices, save_hf
+from megalign.resharding.load import load_hf
+from tests.layouts import EIGHT_RANKS, ONE_RANK, Layout, arguments, groups_of
+from tests.ranks import run_ranks
+from tests.tiny import CONFIGS, save_tiny_model
+
+LAYOUTS = [ONE_RANK, Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=2, dp=2)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A model of each family, with a negative zero, a denormal and a NaN that copying must not touch."""
+    root = tmp_path_factory.mktemp("models")
+    for family in CONFIGS:
+        file = Path(save_tiny_model(family, root / family)) / "model.safetensors"
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            tensor.view(-1)[:3] = torch.tensor([-0.0, 1e-42, float("nan")])
+        save_file(tensors, file, metadata={"format": "pt"})
+    return {family: str(root / family) for family in CONFIGS}
+
+
+def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """What bitwise means."""
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def build(path: str, layout: Layout, **fields: object) -> tuple[list[HiddenStatesModel], Architecture]:
+    """A model of the layout, every parameter NaN before it is loaded."""
+    architecture = Architecture.from_hf(read_config(path))
+    chunks = build_model(architecture, arguments(layout, **fields), groups_of(layout))
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            torch.nn.init.constant_(parameter, float("nan"))
+    load_hf(path, chunks, groups_of(layout), architecture)
+    return chunks, architecture
+
+
+def round_trip(models: dict[str, str], target: str, layout: Layout) -> None:
+    groups = groups_of(layout)
+    for family, path in models.items():
+        source = load_file(f"{path}/model.safetensors")
+        chunks, architecture = build(path, layout)
+        for bucket_bytes in (256 << 20, 3000):
+            stream = gathered(chunks, groups, architecture, bucket_bytes)
+            whole = {name: tensor.clone() for name, tensor in stream}
+            assert bits(whole) == bits(source), family
+        assert [name for name in whole if ".layers." not in name][0] == "model.embed_tokens.weight"
+        count = {name: torch.zeros(tensor.shape) for name, tensor in source.items()}
+        for part in named_slices(chunks, groups, architecture):
+            assert part.full_shape == count[part.hf_name].shape
+            assert bits({"": part.tensor}) == bits({"": source[part.hf_name][part.index]}), part.hf_name
+            count[part.hf_name][part.index] += 1
+        for name in count:  # over the ranks of a model copy, each element once
+            dist.all_reduce(count[name], group=groups.mp.group)
+            assert (count[name] == 1).all(), name
+        save_hf(f"{target}/{family}", path, chunks, groups, architecture, max_shard_size="30KB")
+
+
+def check_round_trip(models: dict[str, str], target: Path, layout: Layout) -> None:
+    run_ranks(layout.world, round_trip, models, str(target), layout)
+    for family, path in models.items():
+        written: dict[str, Tensor] = {}
+        for file in (target / family).glob("*.safetensors"):
+            written.update(load_file(file))
+        assert bits(written) == bits(load_file(f"{path}/model.safetensors"))
+        AutoModelForCausalLM.from_pretrained(target / family)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_hf_to_megatron_to_hf_is_bitwise(models: dict[str, str], tmp_path: Path, layout: Layout) -> None:
+    check_round_trip(models, tmp_path, layout)
+
+
+@pytest.mark.ranks8
+def test_hf_to_megatron_to_hf_is_bitwise_on_eight_ranks(models: dict[str, str], tmp_path: Path) -> None:
+    check_round_trip(models, tmp_path, EIGHT_RANKS)
+
+
+def pad_rows(path: str, layout: Layout) -> list[float]:
+    (chunk,), _ = build(path, layout)
+    return [
+        chunk.embedding.word_embeddings.weight[51 - 1].abs().sum().item(),
+        chunk.output_layer.weight[-1].sum().item(),
+    ]
+
+
+def test_pad_rows_of_the_vocabulary_are_zero(models: dict[str, str]) -> None:
+    # 101 rows over two ranks: the second rank's 51st row is no token.
+    first, second = run_ranks(2, pad_rows, {**models}["qwen2"], Layout(tp=2))
+    assert second == [0.0, 0.0] and first != second
+
+
+def tied_copies(path: str, layout: Layout) -> bytes:
+    (chunk,), _ = build(path, layout)
+    weight = (
+        chunk.output_layer.weight
+        if groups_of(layout).is_last_stage
+        else chunk.embedding.word_embeddings.weight
+    )
+    return bits({"": weight.detach()})[""]
+
+
+def test_both_stages_of_a_tied_model_start_from_one_embedding(models: dict[str, str]) -> None:
+    first, last = run_ranks(2, tied_copies, models["llama"], Layout(pp=2))
+    assert first == last
+
+
+def cast_while_loading(path: str, layout: Layout) -> None:
+    source = load_file(f"{path}/model.safetensors")
+    chunks, architecture = build(path, layout, bf16=True)
+    for name, tensor in gathered(chunks, groups_of(layout), architecture):
+        assert tensor.dtype is torch.bfloat16
+        assert bits({"": tensor}) == bits({"": source[name].bfloat16()}), name
+
+
+def test_loading_casts_to_the_parameters_dtype(models: dict[str, str]) -> None:
+    run_ranks(2, cast_while_loading, models["qwen3"], Layout(tp=2))
+
+
+def load_error(path: str, broken: str, layout: Layout) -> str:
+    chunks, architecture = build(path, layout)
+    with pytest.raises(UserError) as told:
+        load_hf(broken, chunks, groups_of(layout), architecture)
+    dist.barrier()  # nobody was left waiting elsewhere
+    return str(told.value)
+
+
+def test_every_rank_names_the_tensor_that_is_missing(models: dict[str, str], tmp_path: Path) -> None:
+    broken = Path(save_tiny_model("llama", tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.3.mlp.up_proj.weight"]  # the first stage has no use for it
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    first, second = run_ranks(2, load_error, models["llama"], str(broken), Layout(pp=2))
+    assert first == second and "missing tensors: model.layers.3.mlp.up_proj.weight" in first
+
+
+def model_errors(path: str) -> list[str]:
+    chunks, architecture = build(path, ONE_RANK)
+    errors = []
+    for change in ("unknown", "mis-shaped"):
+        if change == "unknown":
+            chunks[0].decoder.layers[2].gate = torch.nn.Linear(2, 2, bias=False)
+        else:
+            del chunks[0].decoder.layers[2].gate
+            chunks[0].decoder.final_layernorm.weight = torch.nn.Parameter(torch.ones(33))
+        with pytest.raises(UserError) as told:
+            load_hf(path, chunks, groups_of(ONE_RANK), architecture)
+        errors.append(str(told.value))
+    return errors
+
+
+def test_a_parameter_without_a_rule_or_of_another_shape_is_named(models: dict[str, str]) -> None:
+    [(unknown, mis_shaped)] = run_ranks(1, model_errors, models["llama"])
+    assert "llama has no rule for Megatron's decoder.layers.2.gate.weight" in unknown
+    assert "decoder.final_layernorm.weight is [33], its rule wants [32]" in mis_shaped
+
+
+def save_where_it_fails(path: str, target: str, layout: Layout, file_limit: int | None) -> str:
+    chunks, architecture = build(path, layout)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if file_limit is not None and dist.get_rank() == 0:  # a write beyond it fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, before[1]))
+    try:
+        with pytest.raises(UserError) as told:
+            save_hf(target, path, chunks, groups_of(layout), architecture, max_shard_size="20KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    dist.barrier()
+    return str(told.value)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(dp=2)], ids=str)
+def test_a_save_that_fails_is_a_user_error_on_every_rank(
+    models: dict[str, str], tmp_path: Path, layout: Layout
+) -> None:
+    (tmp_path / "file").write_text("")
+    for target, limit in ((tmp_path / "file" / "out", None), (tmp_path / "out", 15_000)):
+        errors = run_ranks(2, save_where_it_fails, models["llama"], str(target), layout, limit)
+        assert errors[0] == errors[1] and errors[0].startswith(f"cannot write the model to {target}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,211 @@
+"""RewardRunner on real ranks: scored once, TRL's arguments, one error everywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalign.batch import Completion
+from megalign.config import GRPOConfig
+from megalign.errors import UserError
+from megalign.parallel.groups import Axis, ParallelGroups, initialize
+from megalign.rollout.rewards import RewardResult, RewardRunner
+from tests.ranks import run_ranks
+
+GROUP = 2
+
+
+def completions(count: int) -> list[Completion]:
+    return [
+        Completion(
+            index=i,
+            prompt_ids=[1],
+            completion_ids=[i] * (i + 1),
+            logprobs=[0.0] * (i + 1),
+            finish_reason="stop",
+            policy_version=0,
+            row={"answer": 10 * i, "completion": "the dataset's own"},
+        )
+        for i in range(count)
+    ]
+
+
+def one_rank() -> ParallelGroups:
+    axis = Axis(group=None, rank=0, size=1, ranks=[0])
+    return ParallelGroups(world=axis, tp=axis, pp=axis, cp=axis, dp=axis, mp=axis)
+
+
+def score(
+    functions: list[Any], count: int = 4, groups: ParallelGroups | None = None, **options: Any
+) -> RewardResult:
+    runner = RewardRunner(functions, groups or one_rank(), timeout=options.pop("timeout", 20))
+    prompts = options.pop("prompts", [f"prompt {i // GROUP}" for i in range(count)])
+    texts = [f"text {i}" for i in range(count)]
+    return runner(completions(count), prompts, texts, group_size=GROUP, **options)
+
+
+def test_functions_get_trls_arguments() -> None:
+    seen: dict[str, Any] = {}
+
+    def spy(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
+    ) -> list[float]:
+        seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
+        return [0.0] * len(prompts)
+
+    score([spy], trainer_state="the state")
+    assert seen["prompts"] == ["prompt 0", "prompt 0", "prompt 1", "prompt 1"]
+    assert seen["completions"] == ["text 0", "text 1", "text 2", "text 3"]
+    assert seen["completion_ids"] == [[0], [1, 1], [2, 2, 2], [3, 3, 3, 3]]
+    assert seen["answer"] == [0, 10, 20, 30]
+    assert seen["trainer_state"] == "the state"
+    assert set(seen) == {
+        "prompts", "completions", "completion_ids", "answer", "trainer_state", "log_extra", "log_metric",
+    }  # fmt: skip
+    score([spy], prompts=[[{"role": "user", "content": "hi"}]] * 4)
+    assert seen["completions"][1] == [{"role": "assistant", "content": "text 1"}]
+
+
+def test_none_is_nan_and_functions_are_columns() -> None:
+    result = score([lambda answer, **_: [None, 1, True, 2.5], "length_reward", lambda **_: np.arange(4)])
+    assert result.rewards.dtype == torch.float32 and result.rewards.shape == (4, 3)
+    assert math.isnan(result.rewards[0, 0]) and result.rewards[1:, 0].tolist() == [1.0, 1.0, 2.5]
+    assert result.rewards[:, 1].tolist() == [-1.0, -2.0, -3.0, -4.0]
+    assert result.rewards[:, 2].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_async_functions_run_together() -> None:
+    async def slow(prompts: list[str], **kwargs: Any) -> list[float]:
+        await asyncio.sleep(0.5)
+        return [1.0] * len(prompts)
+
+    class Judge:
+        async def __call__(self, prompts: list[str], **kwargs: Any) -> list[float]:
+            return await slow(prompts)
+
+    start = time.perf_counter()
+    result = score([slow, Judge(), lambda prompts, **_: [0.0] * len(prompts), slow])
+    assert time.perf_counter() - start < 1.0
+    assert result.rewards.tolist() == [[1.0, 1.0, 0.0, 1.0]] * 4
+
+
+def raises(**kwargs: Any) -> list[float]:
+    raise KeyError("no such\ncolumn")
+
+
+def hangs(**kwargs: Any) -> list[float]:
+    time.sleep(1000)
+    return []
+
+
+async def hangs_async(**kwargs: Any) -> list[float]:
+    await asyncio.sleep(1000)
+    return []
+
+
+def one_too_few(prompts: list[str], **kwargs: Any) -> list[float]:
+    return [0.0] * (len(prompts) - 1)
+
+
+def words(prompts: list[str], **kwargs: Any) -> list[Any]:
+    return [0.0, "good"] * (len(prompts) // 2)
+
+
+def infinite(prompts: list[str], **kwargs: Any) -> list[float]:
+    return [math.inf] * len(prompts)
+
+
+def nothing(**kwargs: Any) -> None:
+    return None
+
+
+def logs_too_few(log_extra: Callable[[str, list[int]], None], **kwargs: Any) -> list[float]:
+    log_extra("column", [1])
+    return []
+
+
+BROKEN = [
+    (raises, ["'raises'", "KeyError", "no such", "test_rewards.py"]),
+    (hangs, ["'hangs'", "reward_timeout 1 s"]),
+    (hangs_async, ["'hangs_async'", "reward_timeout 1 s"]),
+    (one_too_few, ["'one_too_few'", "3 values for 4 completions"]),
+    (words, ["'words'", "'good'", "completion 1"]),
+    (infinite, ["'infinite'", "inf"]),
+    (nothing, ["'nothing'", "NoneType"]),
+    (logs_too_few, ["'logs_too_few'", "log_extra('column') has 1 values for 4"]),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), BROKEN, ids=[function.__name__ for function, _ in BROKEN])
+def test_a_broken_function_is_named_in_one_line(function: Any, expected: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        score(["length_reward", function], timeout=1)
+    assert all(word in str(error.value) for word in expected), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_reward_models_and_empty_lists_are_refused() -> None:
+    with pytest.raises(UserError, match="reward models are not built"):
+        RewardRunner([torch.nn.Linear(1, 1)], one_rank(), timeout=1)
+    with pytest.raises(UserError, match="no reward function"):
+        RewardRunner([], one_rank(), timeout=1)
+
+
+CALLS: list[list[int]] = []
+
+
+def counted(completion_ids: list[list[int]], log_extra: Any, log_metric: Any, **kwargs: Any) -> list[float]:
+    indices = [ids[0] for ids in completion_ids]
+    CALLS.append(indices)
+    log_extra("index", indices)
+    if 0 in indices:
+        log_extra("first", ["yes"] * len(indices))
+    log_metric("share", len(indices))
+    return [float(index) for index in indices]
+
+
+def only_the_first(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    if completion_ids[0] == [0]:
+        raise RuntimeError("the judge is out of money")
+    return [0.0] * len(completion_ids)
+
+
+def score_on_ranks(tp: int, pp: int, count: int) -> dict[str, Any]:
+    groups = initialize(GRPOConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp))
+    CALLS.clear()
+    result = score([counted], count, groups)
+    told = {"result": result, "calls": list(CALLS), "errors": []}
+    for function in (only_the_first, "hangs_on_the_first"):
+        try:
+            score([hangs if function == "hangs_on_the_first" else function], count, groups, timeout=1)
+        except UserError as error:
+            told["errors"].append(str(error))
+    dist.barrier()  # nobody is left behind in a collective
+    return told
+
+
+# (tp, pp, completions): two leaders; two leaders with uneven shares; one leader for four ranks; one group for two.
+@pytest.mark.parametrize(("tp", "pp", "count"), [(2, 1, 8), (1, 2, 6), (2, 2, 4), (1, 2, 2)])
+def test_each_completion_is_scored_once_in_the_job(tp: int, pp: int, count: int) -> None:
+    ranks = run_ranks(4, score_on_ranks, tp, pp, count)
+    calls = sorted(call for rank in ranks for call in rank["calls"])
+    assert [index for call in calls for index in call] == list(range(count))
+    assert all(len(call) % GROUP == 0 and call[0] % GROUP == 0 for call in calls), "groups stay whole"
+    assert len(calls) == min(4 // (tp * pp), count // GROUP)
+    for rank in ranks:
+        result = rank["result"]
+        assert result.rewards.tolist() == [[float(i)] for i in range(count)]
+        assert result.extra["index"] == list(range(count))
+        in_first = len(calls[0])
+        assert result.extra["first"] == ["yes"] * in_first + [None] * (count - in_first)
+        assert result.metrics == {"share": count / len(calls)}
+        assert "out of money" in rank["errors"][0] and "reward_timeout" in rank["errors"][1]
+        assert rank["errors"] == ranks[0]["errors"]

@@ -1,0 +1,216 @@
+"""The command line: what it reads, what it refuses, what it imports."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import megalign
+from megalign.cli import COMMANDS, command_help, main, parse_arguments
+from megalign.config import GRPOConfig, SFTConfig
+from megalign.config.base import docs, specs
+from megalign.errors import UserError
+
+
+def sft(*words: str) -> SFTConfig:
+    return parse_arguments(SFTConfig, list(words))
+
+
+def grpo(*words: str) -> GRPOConfig:
+    return parse_arguments(GRPOConfig, list(words))
+
+
+def run(*words: str, **environ: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "megalign", *words]
+    paths = os.pathsep.join(
+        [os.path.dirname(os.path.dirname(megalign.__file__)), os.environ.get("PYTHONPATH", "")]
+    )
+    return subprocess.run(
+        command,
+        env=dict(os.environ, PYTHONPATH=paths, **environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_dashes_underscores_and_equals_are_the_same():
+    expected = SFTConfig(per_device_train_batch_size=2, learning_rate=1e-4)
+    assert sft("--per_device_train_batch_size", "2", "--learning_rate", "1e-4") == expected
+    assert sft("--per-device-train-batch-size=2", "--learning-rate=1e-4") == expected
+
+
+@pytest.mark.parametrize(
+    "words, value", [(["--packing"], True), (["--packing", "True"], True), (["--packing", "false"], False)]
+)
+def test_booleans_stand_alone_or_say_it(words, value):
+    assert sft(*words, "--max_steps", "-1").packing is value
+
+
+def test_lists_mappings_and_none():
+    args = grpo(
+        *("--reward_funcs", "accuracy_reward", "my.module.func"),
+        *("--reward_weights", "1", "0.5"),
+        *("--generation_kwargs", '{"stop": ["\\n"], "presence_penalty": 0.1}'),
+        *("--vllm_importance_sampling_clip_max", "None"),
+        *("--report_to", "[tensorboard, wandb]"),
+        *("--scale_rewards", "False"),
+    )
+    assert args.reward_funcs == ["accuracy_reward", "my.module.func"]
+    assert args.reward_weights == [1.0, 0.5]
+    assert args.generation_kwargs == {"stop": ["\n"], "presence_penalty": 0.1}
+    assert args.vllm_importance_sampling_clip_max is None
+    assert args.report_to == ["tensorboard", "wandb"]
+    assert args.scale_rewards == "none"
+
+
+def test_text_is_not_taken_for_anything_else():
+    args = sft("--model_name_or_path", "1", "--run_name", "true", "--dataset_name", "a b.jsonl")
+    assert (args.model_name_or_path, args.run_name, args.dataset_name) == ("1", "true", "a b.jsonl")
+
+
+def test_the_command_line_wins_over_yaml_and_env_is_set(tmp_path, monkeypatch):
+    monkeypatch.delenv("MEGALIGN_TEST_ENV", raising=False)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "learning_rate: 1e-5\nweight_decay: '1e-2'\nmax_steps: 3\nbf16: false\nreport-to: tensorboard\n"
+        "eval_steps: None\nlr_scheduler_kwargs: {min_lr: 1e-7}\nenv: {MEGALIGN_TEST_ENV: 1}\n"
+    )
+    try:
+        args = sft("--max_steps", "5", "--config", str(file))
+        assert os.environ["MEGALIGN_TEST_ENV"] == "1"
+    finally:
+        os.environ.pop("MEGALIGN_TEST_ENV", None)
+    assert (
+        args.lr_scheduler_kwargs == {"min_lr": 1e-7} and args.weight_decay == 1e-2 and args.eval_steps is None
+    )
+    assert (args.learning_rate, args.max_steps, args.bf16, args.report_to) == (
+        1e-5,
+        5,
+        False,
+        ["tensorboard"],
+    )
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--learning_rte", "1"], ["learning_rte", "learning_rate"]),
+        (["--learning_rate", "fast"], ["learning_rate='fast'", "a number"]),
+        (["--max_steps", "2.5"], ["max_steps='2.5'", "a whole number"]),
+        (["--max_steps"], ["--max_steps has no value"]),
+        (["--max_steps", "1", "2"], ["--max_steps 1 2", "one value"]),
+        (["--packing", "maybe"], ["packing='maybe'", "True or False"]),
+        (["--lr_scheduler_kwargs", "x"], ["lr_scheduler_kwargs='x'", "a mapping"]),
+        (["run.yaml"], ["'run.yaml' stands before"]),
+        (["--fp16"], ["fp16=True is refused", "nearest: bf16"]),
+        (["--use-peft"], ["use_peft=True is refused"]),
+        (["--optim", "sgd"], ["optim='sgd' is refused"]),
+        (["--context_parallel_size", "2"], ["context_parallel_size=2", "not built yet"]),
+        (["--config"], ["--config takes one YAML file"]),
+        (["--config", "no/such.yaml"], ["no/such.yaml", "No such file"]),
+    ],
+)
+def test_a_mistake_is_named(words, parts):
+    with pytest.raises(UserError) as caught:
+        sft(*words)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("learning_rte: 1", ["learning_rte", "learning_rate", "run.yaml"]),
+        ("learning_rate: fast", ["learning_rate='fast'"]),
+        ("max_steps: [1]", ["max_steps=[1]"]),
+        ("packing: 1", ["packing=1"]),
+        ("deepspeed: ds.json", ["deepspeed='ds.json' is refused"]),
+        ("- 1", ["holds a list"]),
+        ("a: [", ["is not YAML"]),
+        ("env: 1", ["env: 1"]),
+    ],
+)
+def test_a_mistake_in_yaml_is_named(tmp_path, text, parts):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        sft("--config", str(file))
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_off_values_of_refused_fields_pass():
+    assert sft("--fp16", "False", "--deepspeed", "None", "--optim", "adamw_torch") == SFTConfig()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_a_line_with_a_doc_for_every_field(command):
+    lines = command_help(command).splitlines()
+    for name in specs(COMMANDS[command]):
+        (line,) = [line for line in lines if line.startswith(f"  --{name} ")]
+        assert line.endswith(docs(COMMANDS[command])[name])
+
+
+@pytest.mark.parametrize(
+    "words", [["grpo", "--help"], ["sft", "-h"], ["--help"], ["sft", "--learning_rte", "1"]]
+)
+def test_help_and_wrong_flags_answer_without_torch_or_transformers(words):
+    code = (
+        "import sys; from megalign.cli import main; status = main(sys.argv[1:]);"
+        "print(status, sorted({'torch', 'transformers', 'megatron', 'datasets', 'vllm'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    status = 2 if "--learning_rte" in words else 0
+    assert ran.stdout.splitlines()[-1] == f"{status} []", ran.stderr
+
+
+def test_a_mistake_is_one_line_and_status_2():
+    ran = run("grpo", "--learning_rte", "1")
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert (
+        ran.stderr
+        == "megalign: error: learning_rte is not a field of GRPOConfig; did you mean learning_rate?\n"
+    )
+
+
+def test_a_world_that_does_not_divide_is_one_line():
+    ran = run("sft", "--tensor_model_parallel_size", "2", RANK="0", WORLD_SIZE="1")
+    assert ran.returncode == 2
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("megalign: error: world size 1 does not divide by tensor_model_parallel_size 2")
+
+
+@pytest.mark.parametrize(
+    "words, missing",
+    [
+        (["sft"], "model_name_or_path"),
+        (["sft", "--model_name_or_path", "m"], "dataset_name"),
+        (["grpo"], "reward_funcs"),
+    ],
+)
+def test_what_must_be_given_is_named(words, missing, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"megalign: error: {missing} is not given")
+
+
+def test_an_unknown_command_names_the_known_ones(capsys, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert main(["dpo"]) == 2
+    assert "'dpo' is not a command; use sft or grpo" in capsys.readouterr().err
+
+
+def test_the_package_is_lazy():
+    code = (
+        "import sys, megalign; megalign.GRPOConfig; megalign.UserError; megalign.__version__;"
+        "assert 'torch' not in sys.modules;"
+        "import megalign.algos; assert not {'megatron', 'transformers', 'vllm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="GRPOConfig"):
+        megalign.PPOTrainer  # noqa: B018

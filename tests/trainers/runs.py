@@ -1,0 +1,91 @@
+"""What the trainers' tests share: tiny jobs inside test ranks, and what they leave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from megalign.config import SFTConfig
+
+
+def token_rows(count: int, *, seed: int = 0, vocabulary: int = 101) -> list[dict[str, list[int]]]:
+    """Rows of random tokens of unequal lengths; a random first part of each is not in the loss."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        length = draw.randint(4, 14)
+        prompt = draw.randint(0, length - 2)
+        ids = [draw.randrange(3, vocabulary) for _ in range(length)]
+        rows.append({"input_ids": ids, "completion_mask": [0] * prompt + [1] * (length - prompt)})
+    return rows
+
+
+def train_sft(
+    path: str, rows: list[dict[str, Any]], fields: dict[str, Any], given: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Trains on the calling ranks; what a user would see of it."""
+    from megalign.trainers.sft import SFTTrainer
+
+    given = dict(given or {})
+    resume = given.pop("resume", None)
+    recorder = Recorder()
+    trainer = SFTTrainer(
+        path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, callbacks=[recorder], **given
+    )
+    output = trainer.train(resume_from_checkpoint=resume)
+    return {
+        "history": trainer.state.log_history,
+        "output": output,
+        "events": recorder.events,
+        "epochs": recorder.epochs,
+        "digest": digest(fields["output_dir"]),
+    }
+
+
+def sft_fields(**fields: Any) -> dict[str, Any]:
+    """A quick deterministic run, unless said otherwise."""
+    return {
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "shuffle_dataset": False,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        **fields,
+    }
+
+
+class Recorder(TrainerCallback):
+    """Notes every event of the protocol by its name."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.epochs: list[float] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def note(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.events.append(name)
+            if name == "on_step_end":
+                self.epochs.append(state.epoch)
+
+        return note
+
+
+def metric_lines(output_dir: str | Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def digest(directory: str | Path) -> str:
+    """Of the exported weights, byte for byte."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -1,0 +1,199 @@
+"""SFTTrainer end to end on tiny random models: the reference is a plain PyTorch and transformers loop."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import IterableDataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer as HfTrainer
+from transformers import TrainingArguments, get_scheduler
+
+from megalign.config import SFTConfig
+from megalign.errors import UserError
+from megalign.trainers.sft import SFTTrainer
+from tests.ranks import run_ranks
+from tests.tiny import load_reference, save_tiny_model
+from tests.trainers.runs import Recorder, metric_lines, token_rows, train_sft
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def _nll(model: torch.nn.Module, row: dict[str, list[int]]) -> torch.Tensor:
+    ids = torch.tensor([row["input_ids"]])
+    logprobs = model(ids).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return -(logprobs * torch.tensor(row["completion_mask"][1:])).sum()
+
+
+def plain_loop(path: str, batches: list[list[dict[str, Any]]], *, learning_rate: float, steps: int) -> list[float]:
+    """Losses of AdamW as transformers' Trainer would run it: linear decay, gradients clipped to 1."""
+    model = load_reference(path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    scheduler = get_scheduler("linear", optimizer, 0, steps)
+    losses = []
+    for batch in batches:
+        tokens = sum(sum(row["completion_mask"][1:]) for row in batch)
+        loss = torch.stack([_nll(model, row) for row in batch]).sum() / tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+LAYOUTS = {1: {}, 2: {"tensor_model_parallel_size": 2}, 4: {"pipeline_model_parallel_size": 2}}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_losses_are_those_of_a_plain_loop(world: int, model: str, tmp_path: Path) -> None:
+    rows = token_rows(20)
+    layout = LAYOUTS[world]
+    dp = 2 if world == 4 else 1
+    fields = {"output_dir": str(tmp_path), "max_steps": 5, "gradient_accumulation_steps": 2 // dp, **layout}
+    results = run_ranks(world, train_sft, model, rows, fields)
+    losses = [line["loss"] for line in results[0]["history"] if "loss" in line]
+    batches = [rows[start : start + 4] for start in range(0, 20, 4)]
+    expected = plain_loop(model, batches, learning_rate=1e-2, steps=5)
+    assert losses == pytest.approx(expected, abs=1e-4)
+    untrained = plain_loop(model, batches, learning_rate=0.0, steps=5)
+    assert untrained[-1] - expected[-1] > 0.05  # the updates show in the losses
+
+
+def test_a_short_last_batch_is_trained_on_like_the_others(model: str, tmp_path: Path) -> None:
+    rows = token_rows(7)
+    fields = {"output_dir": str(tmp_path), "num_train_epochs": 2.0, "gradient_accumulation_steps": 2}
+    (result,) = run_ranks(1, train_sft, model, rows, fields)
+    batches = [rows[:4], rows[4:]] * 2
+    losses = [line["loss"] for line in result["history"] if "loss" in line]
+    assert losses == pytest.approx(plain_loop(model, batches, learning_rate=1e-2, steps=4), abs=1e-4)
+    assert result["epochs"] == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_the_trained_model_is_left_in_hugging_face_form(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 2}
+    run_ranks(1, train_sft, model, token_rows(8), fields)
+    before, after = load_reference(model).state_dict(), load_reference(str(tmp_path)).state_dict()
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluation_counts_every_row_once(model: str, tmp_path: Path) -> None:
+    rows = token_rows(5, seed=9)
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "eval_on_start": True, "eval_strategy": "steps"}
+    fields |= {"per_device_eval_batch_size": 2, "eval_steps": 2}
+    results = run_ranks(2, train_sft, model, token_rows(8), fields, {"eval_dataset": rows})
+    lines = [line for line in metric_lines(tmp_path) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [0, 2]
+    for step, path in ((0, model), (1, str(tmp_path))):
+        trained = load_reference(path)
+        with torch.no_grad():
+            nll = sum(_nll(trained, row) for row in rows) / sum(sum(row["completion_mask"][1:]) for row in rows)
+        assert lines[step]["eval_loss"] == pytest.approx(nll.item(), abs=1e-5)
+        assert all(name == "step" or name.startswith("eval_") for name in lines[step])
+    assert results[0]["history"][0]["eval_loss"] == results[1]["history"][0]["eval_loss"]
+
+
+def test_metrics_file_has_a_full_line_for_each_logged_step(model: str, tmp_path: Path) -> None:
+    rows = token_rows(8)
+    fields = {"output_dir": str(tmp_path), "max_steps": 4, "logging_steps": 2, "lr_scheduler_type": "constant"}
+    (result,) = run_ranks(1, train_sft, model, rows, fields)
+    lines = metric_lines(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4]
+    (once,) = run_ranks(1, train_sft, model, rows, {**fields, "logging_steps": 1})
+    losses = [line["loss"] for line in once["history"] if "loss" in line]
+    assert [line["loss"] for line in lines] == [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
+    names = {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "entropy", "mean_token_accuracy"}
+    assert names <= lines[0].keys()
+    assert lines[-1]["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert result["output"].training_loss == pytest.approx(sum(losses) / 4)
+
+
+def test_events_are_those_of_transformers_trainer(model: str, tmp_path: Path) -> None:
+    common = dict(num_train_epochs=2.0, per_device_train_batch_size=2, logging_steps=3, save_strategy="epoch")
+    common |= dict(eval_strategy="steps", eval_steps=3, eval_on_start=True, disable_tqdm=True)
+    rows = token_rows(7)
+    recorder = Recorder()
+    args = TrainingArguments(output_dir=str(tmp_path / "hf"), report_to="none", use_cpu=True, **common)
+    padded = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]} for _ in rows]
+    HfTrainer(
+        load_reference(model), args, train_dataset=padded, eval_dataset=padded, callbacks=[recorder]
+    ).train()
+    expected = [event for event in recorder.events if event != "on_prediction_step"]
+    fields = {"output_dir": str(tmp_path / "ours"), **common}
+    (result,) = run_ranks(1, train_sft, model, rows, fields, {"eval_dataset": rows})
+    assert result["events"] == expected
+
+
+def test_tensorboard_holds_every_logged_number(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 3, "report_to": ["tensorboard"]}
+    run_ranks(2, train_sft, model, token_rows(12), {**fields, "tensor_model_parallel_size": 2})
+    (run,) = (tmp_path / "runs").iterdir()  # one rank reports
+    events = EventAccumulator(str(run)).Reload()
+    lines = metric_lines(tmp_path)
+    for name in ("loss", "grad_norm", "learning_rate", "mean_token_accuracy"):
+        logged = [(scalar.step, scalar.value) for scalar in events.Scalars(f"train/{name}")]
+        assert logged == [(line["step"], pytest.approx(line[name])) for line in lines]
+
+
+def test_a_hub_style_name_that_is_nowhere_is_named() -> None:
+    with pytest.raises(UserError, match="/no/such/place.*does not exist"):
+        SFTTrainer("/no/such/place", SFTConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"peft_config": object()}, "peft_config.*refused.*adapters"),
+        ({"optimizers": (object(), None)}, "optimizers.*refused.*learning_rate"),
+        ({"formatting_func": str}, "formatting_func.*refused.*dataset.map"),
+        ({"eval_datasets": []}, "no argument eval_datasets; did you mean eval_dataset"),
+    ],
+)
+def test_constructor_arguments_that_are_not_there_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SFTTrainer("unused", SFTConfig(), **given)
+
+
+def test_arguments_that_ask_for_nothing_are_not_refused() -> None:
+    with pytest.raises(UserError, match="hub|does not exist"):
+        SFTTrainer("./missing", SFTConfig(), peft_config=None, optimizers=(None, None))
+
+
+def _error_of(path: str, fields: dict[str, Any], given: dict[str, Any]) -> str:
+    try:
+        SFTTrainer(path, SFTConfig(**fields), **given).train()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "message"),
+    [
+        ({"eval_strategy": "steps"}, {"train_dataset": token_rows(2)}, "eval_strategy='steps' needs an eval_dataset"),
+        ({}, {}, "train_dataset has no rows"),
+        ({}, {"train_dataset": IterableDataset.from_generator(token_rows)}, "train_dataset is an IterableDataset"),
+        ({}, {"train_dataset": token_rows(2), "callbacks": [print]}, "is not a transformers.TrainerCallback"),
+        ({"report_to": ["nowhere"]}, {"train_dataset": token_rows(2)}, "report_to=.*nowhere is not supported"),
+        (
+            {"resume_from_checkpoint": "checkpoint-7"},
+            {"train_dataset": token_rows(2)},
+            "resume_from_checkpoint=checkpoint-7 is not a directory",
+        ),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    model: str, tmp_path: Path, fields: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    (error,) = run_ranks(1, _error_of, model, {"output_dir": str(tmp_path), **fields}, given)
+    assert re.search(message, error), error
+    assert "\n" not in error
