@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
@@ -35,10 +36,14 @@ CONFIGS = {
 }
 
 
-def save_tiny_model(family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> str:
-    """Writes a random model of the family to `path` and returns it as a string."""
+def save_tiny_model(
+    family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> str:
+    """Writes a random model of the family, its config changed by `changes`, to `path`; returns it as a string."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32)
+    config = CONFIGS[family]()
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             # Large enough that attention is not uniform and every bias and norm weight shows in the output.

@@ -195,9 +195,7 @@ def rollout_importance_weights(
 def _ratios(batch: Batch, mode: CorrectionMode, *, clip_max: float | None, clip_min: float | None) -> Tensor:
     """[S] in the sequence modes, [T] in the token modes."""
     assert mode in ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"), mode
-    log_ratio = masked(
-        (batch["old_logprobs"] - batch["rollout_logprobs"]).nan_to_num(nan=0.0), batch["loss_mask"]
-    )
+    log_ratio = masked(_sampler_difference(batch).nan_to_num(nan=0.0), batch["loss_mask"])
     if mode.startswith("sequence"):
         log_ratio = batch.per_sequence_sum(log_ratio)
     ratio = log_ratio.exp()
@@ -206,6 +204,12 @@ def _ratios(batch: Batch, mode: CorrectionMode, *, clip_max: float | None, clip_
     if mode.endswith("truncate"):
         return ratio.clamp(low, high)
     return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+
+
+def _sampler_difference(batch: Batch) -> Tensor:
+    if batch.num_sequences == 0:  # Batch.dummy has no columns
+        return torch.zeros(batch.num_tokens, device=batch.tokens.device)
+    return batch["old_logprobs"] - batch["rollout_logprobs"]
 
 
 def sampling_metrics(
@@ -224,7 +228,7 @@ def sampling_metrics(
     nothing counts.
     """
     mask = batch["loss_mask"]
-    difference = (batch["old_logprobs"] - batch["rollout_logprobs"]).abs()
+    difference = _sampler_difference(batch).abs()
     scored = mask & ~difference.isnan()
     num_scored = counts.tokens if scored_tokens is None else scored_tokens
     ratios = _ratios(batch, mode, clip_max=clip_max, clip_min=clip_min)

@@ -137,6 +137,12 @@ class LoopConfig(Config):
             )
         super().__post_init__()
 
+    def check_values(self) -> None:
+        """Also fills eval_steps in, as transformers does."""
+        super().check_values()
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            self.eval_steps = self.logging_steps
+
     @property
     def params_dtype_name(self) -> str:
         """The dtype of weights and activations: "bfloat16" or "float32"."""

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from megalign.device import on_cuda
+from megalign.errors import UserError
 
 _PAGE = 4096
 _MADV_DONTNEED = 4  # linux/mman.h
@@ -32,8 +33,8 @@ def install(job: str, rank: int) -> None:
 def _name_the_job(job: str, rank: int) -> None:
     """uniproc_executor.py:196 names no job: cpu_worker.py:148 then calls the shared memory of every job "//".
 
-    Two jobs on one machine would meet in one segment. What follows the last colon becomes the name; the host is
-    in it so that a tensor-parallel group over two hosts does not believe it shares memory. Goes when upstream's
+    Two jobs on one machine would meet in one segment. What follows the last colon becomes the name; the host
+    is in it so that a tensor-parallel group over two hosts does not believe it shares memory. Goes when the
     external launcher takes an identity.
     """
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
@@ -47,6 +48,17 @@ def _name_the_job(job: str, rank: int) -> None:
         return address, rank, local_rank
 
     ExecutorWithExternalLauncher._distributed_args = with_identity
+
+
+def check_head_size(size: int) -> None:
+    """v1/attention/backends/cpu_attn.py:69 lists sizes that nothing asks for: the first prompt would fail."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise UserError(
+            f"head_dim {size} must be one of {sizes} for vLLM on a CPU; use another model or a GPU"
+        )
 
 
 def unlink_shared_memory(job: str) -> None:
@@ -76,7 +88,7 @@ def repack_tied_weights(worker: Any) -> None:
 
 
 def _sleep(self: Any, level: int = 1) -> None:
-    """cpu_worker.py:184 ignores sleep. Here (level 2) weights and KV cache give their pages back to the system.
+    """cpu_worker.py:184 ignores sleep. Here (level 2) weights and KV cache give their pages back.
 
     The address space stays, so waking allocates nothing and no view is left dangling; pages read as zeros
     until the reload writes them. The oneDNN copies go for good: a reload makes new ones. Buffers stay: rotary

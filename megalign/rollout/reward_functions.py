@@ -139,8 +139,8 @@ def resolve(name: str) -> RewardFunction:
         return BUILT_IN[name]
     if name in FACTORIES:
         raise UserError(
-            f"reward function {name!r} takes numbers first; write `reward = {name}(...)` in a file rewards.py "
-            "and give rewards.py:reward"
+            f"reward function {name!r} takes numbers first; write `reward = {name}(...)` in a file "
+            "rewards.py and give rewards.py:reward"
         )
     if os.path.isdir(name):
         raise UserError(

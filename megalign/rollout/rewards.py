@@ -11,6 +11,7 @@ import inspect
 import math
 import numbers
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,7 @@ class RewardRunner:
         group_size: int,
         trainer_state: Any = None,
     ) -> RewardResult:
-        """Scores the job's completions, which every rank holds; prompts[i], texts[i] belong to completions[i].
+        """Scores the job's completions, which every rank holds; prompts[i], texts[i] belong to one.
 
         A prompt that is a list of messages gets its completion as one assistant message, otherwise as text.
         The completions' `row` gives the columns.
@@ -105,6 +106,10 @@ class RewardRunner:
             )
         elif scoring.error is not None:
             share.error = scoring.error
+        elif None in scoring.rewards:  # SystemExit and the like end a thread without a word
+            share.error = (
+                f"reward function {scoring.unfinished()} ended its thread; it must return its rewards"
+            )
         else:
             share.rewards, share.extra, share.metrics = scoring.rewards, scoring.extra, scoring.metrics
 
@@ -186,9 +191,8 @@ class _Scoring:
         if isinstance(error, UserError):
             text = str(error)
         else:
-            frame = inspect.getinnerframes(error.__traceback__)[-1] if error.__traceback__ else None
-            where = f" at {frame.filename}:{frame.lineno}" if frame else ""
-            told = f"{type(error).__name__}: {error}{where}"
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__}: {error} at {frame.filename}:{frame.lineno}"
             text = f"it raised {told}; it must return a number or None for each completion"
         self.error = self.error or " ".join(f"reward function {self.names[i]!r}: {text}".split())
 
@@ -202,15 +206,16 @@ class _Scoring:
             )
         if len(values) != self.count:
             raise UserError(
-                f"it returned {len(values)} values for {self.count} completions; return one for each, None where "
-                "it does not apply"
+                f"it returned {len(values)} values for {self.count} completions; return one for each, None "
+                "where it does not apply"
             )
         self.rewards[i] = [_number(index, value) for index, value in enumerate(values)]
 
     def _log_extra(self, column: str, values: Sequence[Any]) -> None:
         if len(values) != self.count:
             raise UserError(
-                f"log_extra({column!r}) has {len(values)} values for {self.count} completions; give one for each"
+                f"log_extra({column!r}) has {len(values)} values for {self.count} completions; "
+                "give one for each"
             )
         self.extra[column] = list(values)
 
@@ -242,7 +247,8 @@ def _number(index: int, value: Any) -> float:
         return math.nan
     if not isinstance(value, numbers.Real) or math.isinf(value):
         raise UserError(
-            f"it returned {value!r} for completion {index}; return a finite number, or None where it does not apply"
+            f"it returned {value!r} for completion {index}; return a finite number, or None where it does "
+            "not apply"
         )
     return float(value)
 
@@ -250,7 +256,8 @@ def _number(index: int, value: Any) -> float:
 def _callable(function: Any) -> RewardFunction:
     if isinstance(function, torch.nn.Module):
         raise UserError(
-            f"reward function {type(function).__name__} is a model: reward models are not built yet; give a function"
+            f"reward function {type(function).__name__} is a model: reward models are not built yet; "
+            "give a function"
         )
     if not callable(function):
         raise UserError(f"reward function {function!r} is neither a function nor a name; give one of them")

@@ -1,4 +1,4 @@
-"""vLLM inside the training ranks: its tensor-parallel groups are consecutive ranks, its replicas divide the prompts.
+"""vLLM inside the training ranks: tensor-parallel groups are consecutive ranks, replicas divide the prompts.
 
 The sole importer of vllm, which is imported when an engine is built and not before.
 """
@@ -74,6 +74,7 @@ class VllmEngine:
         with _untouched_process():
             self._llm = self._start(model_path, args)
         if not device.on_cuda():
+            vllm_patches.check_head_size(self._llm.llm_engine.model_config.get_head_size())
             dist.barrier(groups.world.group)
             vllm_patches.unlink_shared_memory(job)
         self.max_model_length: int = self._llm.llm_engine.model_config.max_model_len
@@ -183,7 +184,7 @@ class VllmEngine:
             if len(prompt) >= self.max_model_length:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens, which leaves no room in vllm_max_model_length "
-                    f"{self.max_model_length} (prompt and completion together); drop the row or raise the limit"
+                    f"{self.max_model_length} (prompt and completion); drop the row or raise the limit"
                 )
 
     def _sampling_params(self, params: GenerationParams, seed: int) -> Any:
@@ -235,7 +236,7 @@ def _import_vllm() -> Any:
 
 @contextlib.contextmanager
 def _untouched_process() -> Iterator[None]:
-    """Keeps what vLLM's start changes: the RNGs (it seeds them all), torch.set_num_threads, the thread count."""
+    """Keeps what vLLM's start changes: the RNGs (it seeds all), torch.set_num_threads, the thread count."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     with _untouched_rngs(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -246,7 +247,7 @@ def _untouched_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _untouched_rngs() -> Iterator[None]:
-    """The trainer's RNGs must not depend on how many steps this replica took to sample, or ranks drift apart."""
+    """The trainer's RNGs must not depend on how many steps a replica took to sample, or ranks drift apart."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.on_cuda() else []):
         yield
@@ -262,7 +263,7 @@ def _job_name(groups: ParallelGroups) -> str:
 
 
 def _expected_names(reader: HfReader) -> set[str]:
-    """The tensors that a complete stream of weights brings: the directory's, without what a model recomputes."""
+    """The tensors of a complete stream of weights: the directory's, without what a model recomputes."""
     tied = reader.config.get("tie_word_embeddings", False)
     return {
         name
@@ -277,7 +278,7 @@ def _check_names(extra: Iterable[str], vllm: Any) -> None:
     for name in extra:
         if name in _FIELDS_OF_THEIR_OWN:
             raise UserError(
-                f"generation_kwargs[{name!r}] has a field of its own; set {_FIELDS_OF_THEIR_OWN[name]} instead"
+                f"generation_kwargs[{name!r}] has a field of its own; set {_FIELDS_OF_THEIR_OWN[name]}"
             )
         if name in _ENGINES_OWN:
             raise UserError(f"generation_kwargs[{name!r}] is set by the rollout engine; leave it out")

@@ -224,6 +224,15 @@ def test_correction_and_its_metrics_are_trls(
         assert value_of(metrics[name]) == pytest.approx(expected[name], rel=1e-5), name
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dummy_batch_adds_nothing_to_the_sampling_metrics(mode: str) -> None:
+    dummy, clips = Batch.dummy(4), {"mode": mode, "clip_max": 3.0}
+    assert rollout_importance_weights(dummy, **clips).shape == (4,)
+    metrics = sampling_metrics(dummy, Counts(tokens=5, sequences=2), **clips)
+    neutral = {"sum": 0.0, "min": float("inf"), "max": -float("inf")}
+    assert all(value_of(metric) == neutral[metric.reduce] for metric in metrics.values())
+
+
 def as_table(column: Tensor, data: dict[str, Tensor]) -> Tensor:
     """[T] of a whole packed batch -> [B, C] as TRL pads; 0 beyond a completion's end."""
     table = torch.zeros_like(data["logprobs"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 import trl
+from transformers import TrainerState
 from trl.scripts.grpo import GRPOScriptArguments
 from trl.scripts.utils import DatasetMixtureConfig
 
@@ -73,6 +74,14 @@ def test_every_field_has_a_doc(ours):
     assert all(docs(ours).get(name) for name in specs(ours))
 
 
+def test_transformers_state_reads_the_step_intervals_and_their_fractions():
+    state = TrainerState()
+    state.compute_steps(SFTConfig(eval_strategy="steps", logging_steps=0.25, save_steps=7), 50)
+    assert (state.logging_steps, state.eval_steps, state.save_steps) == (13, 13, 7)
+    state.compute_steps(SFTConfig(eval_strategy="steps", eval_steps=0.1), 50)
+    assert (state.logging_steps, state.eval_steps, state.save_steps) == (10, 5, 500)
+
+
 def _sources(root: Path, *, without: str = "\0") -> str:
     return "\n".join(path.read_text() for path in sorted(root.rglob("*.py")) if without not in str(path))
 
@@ -82,9 +91,12 @@ def test_every_field_of_ours_has_a_reader():
     ours = _sources(package, without="/config/")
     hugging_face = Path(transformers.__file__).parent
     callbacks = (hugging_face / "trainer_callback.py").read_text() + _sources(hugging_face / "integrations")
+    assert ".state.compute_steps(" in ours
     unread = []
     for config in (SFTConfig, GRPOConfig):
         for name, spec in specs(config).items():
+            if name in ("logging_steps", "eval_steps", "save_steps"):
+                continue  # TrainerState.compute_steps reads them by a name it puts together
             if spec.metadata and len(spec.metadata["choices"]) == 1:
                 continue  # one legal value: nothing to choose
             read = rf"\b(args|config)\.{READ_THROUGH.get(name, name)}\b"

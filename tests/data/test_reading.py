@@ -129,5 +129,5 @@ def broken(directory: str) -> None:
 
 def test_a_bug_on_rank_0_leaves_no_rank_waiting(tmp_path: Path) -> None:
     with pytest.raises(RanksError) as caught:
-        run_ranks(2, broken, str(tmp_path), timeout=60)
+        run_ranks(2, broken, str(tmp_path), timeout=60, fresh=True)
     assert "a bug" in str(caught.value) and "rank 0 failed to prepare" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Virtual pipeline chunks, Transformer Engine's names and stages without layers, on stand-ins with those names."""
+"""Virtual chunks, Transformer Engine's names and stages without layers, on stand-ins with those names."""
 
 from __future__ import annotations
 

@@ -123,6 +123,10 @@ def infinite(prompts: list[str], **kwargs: Any) -> list[float]:
     return [math.inf] * len(prompts)
 
 
+def leaves(**kwargs: Any) -> list[float]:
+    raise SystemExit(0)
+
+
 def nothing(**kwargs: Any) -> None:
     return None
 
@@ -139,6 +143,7 @@ BROKEN = [
     (one_too_few, ["'one_too_few'", "3 values for 4 completions"]),
     (words, ["'words'", "'good'", "completion 1"]),
     (infinite, ["'infinite'", "inf"]),
+    (leaves, ["'leaves'", "ended its thread"]),
     (nothing, ["'nothing'", "NoneType"]),
     (logs_too_few, ["'logs_too_few'", "log_extra('column') has 1 values for 4"]),
 ]
@@ -192,7 +197,7 @@ def score_on_ranks(tp: int, pp: int, count: int) -> dict[str, Any]:
     return told
 
 
-# (tp, pp, completions): two leaders; two leaders with uneven shares; one leader for four ranks; one group for two.
+# Two leaders; two with uneven shares; one leader for four ranks; two leaders and one group.
 @pytest.mark.parametrize(("tp", "pp", "count"), [(2, 1, 8), (1, 2, 6), (2, 2, 4), (1, 2, 2)])
 def test_each_completion_is_scored_once_in_the_job(tp: int, pp: int, count: int) -> None:
     ranks = run_ranks(4, score_on_ranks, tp, pp, count)

@@ -49,7 +49,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
         bf16=False,
     )
     groups = initialize(args)
-    before = _process_state()
+    before, segments = _process_state(), _segments()
     seen: dict[str, Any] = {"seconds": {}}
     timed = _timer(seen["seconds"])
     with timed("start"):
@@ -103,8 +103,13 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     with awake(engine):
         seen["after_sleep"] = sample()
     seen["asleep_again"] = sorted(engine._asleep)
-    seen["shared_memory"] = [name for name in os.listdir("/dev/shm") if "cpushm" in name]
+    seen["shared_memory"] = sorted(_segments() - segments)
     return seen
+
+
+def _segments() -> set[str]:
+    """Names of vLLM's tensor-parallel segments; those of a job killed while it started stay for ever."""
+    return {name for name in os.listdir("/dev/shm") if "cpushm" in name}
 
 
 def _touch_kv_cache(engine: Any) -> None:

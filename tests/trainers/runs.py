@@ -33,9 +33,11 @@ def train_sft(
 
     given = dict(given or {})
     resume = given.pop("resume", None)
+    stop = given.pop("stop", None)
     recorder = Recorder()
+    callbacks = [recorder] if stop is None else [recorder, stop]
     trainer = SFTTrainer(
-        path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, callbacks=[recorder], **given
+        path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, callbacks=callbacks, **given
     )
     output = trainer.train(resume_from_checkpoint=resume)
     return {
@@ -89,3 +91,15 @@ def digest(directory: str | Path) -> str:
     """Of the exported weights, byte for byte."""
     files = sorted(Path(directory).glob("*.safetensors"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+class StopAt(TrainerCallback):
+    """Ends the run early, as a user's callback may; on one rank only if told so."""
+
+    def __init__(self, step: int, *, only_rank: int | None = None) -> None:
+        self.step, self.only_rank = step, only_rank
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops at the step."""
+        if state.global_step == self.step and self.only_rank in (None, args.process_index):
+            control.should_training_stop = True

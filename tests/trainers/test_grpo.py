@@ -1,0 +1,171 @@
+"""GRPOTrainer's loop on tiny models; completions come from seeds, so every layout learns from the same ones."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.ranks import run_ranks
+from tests.trainers.grpo_runs import prompt_rows, save_model_with_tokenizer, train_grpo
+from tests.trainers.runs import StopAt, metric_lines
+
+ROWS = prompt_rows(8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model_with_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for name, value in line.items() if not name.endswith("time") and not name.startswith("perf/")
+    }
+
+
+def test_the_loop_syncs_samples_and_learns_in_this_order(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "beta": 0.1}
+    (result,) = run_ranks(1, train_grpo, model, ROWS, fields)
+    calls = [call for call in result["log"] if "wake" not in call and "sleep" not in call]
+    one_round = ["sync", "generate", "reference forward", "policy forward", "policy train_step"]
+    assert calls == one_round * 2
+    assert result["versions"] == [0, 1]
+    assert result["weights"][0] != result["weights"][1]  # the second sync carries the updated policy
+
+
+def test_a_round_is_used_for_every_step_and_iteration(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "num_train_epochs": 1.0, "num_iterations": 2, "steps_per_generation": 2}
+    (result,) = run_ranks(1, train_grpo, model, ROWS, fields)
+    calls = [call for call in result["log"] if "wake" not in call and "sleep" not in call]
+    # 16 completions a round are 4 prompts: 2 rounds an epoch, each of 2 steps x 2 iterations.
+    assert calls == (["sync", "generate", "policy forward"] + ["policy train_step"] * 4) * 2
+    assert result["output"].global_step == 8
+    assert result["versions"] == [0, 4]
+
+
+def test_each_engine_is_awake_only_for_its_own_pass(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 1, "vllm_enable_sleep_mode": True}
+    (result,) = run_ranks(1, train_grpo, model, ROWS, fields)
+    assert result["log"] == [
+        "policy wake",
+        "rollout wakes weights",
+        "sync",
+        "policy sleep",
+        "rollout wakes",
+        "generate",
+        "rollout sleeps",
+        "policy wake",
+        "policy forward",
+        "policy sleep",
+        "policy wake",
+        "policy train_step",
+        "policy sleep",
+        "policy wake",  # to be exported
+    ]
+
+
+NAMES = (
+    "loss grad_norm learning_rate epoch num_tokens step_time entropy kl reward reward_std frac_reward_zero_std "
+    "completions/mean_length completions/min_length completions/max_length completions/clipped_ratio "
+    "completions/mean_terminated_length completions/min_terminated_length completions/max_terminated_length "
+    "rewards/closeness/mean rewards/closeness/std rewards/brevity/mean rewards/brevity/std mean_words "
+    "clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean "
+    "sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max "
+    "sampling/importance_sampling_ratio/min sampling/importance_sampling_ratio/mean "
+    "sampling/importance_sampling_ratio/max perf/generation_s perf/weight_sync_s perf/reward_s perf/logprob_s "
+    "perf/update_s step"
+).split()
+
+
+def test_metrics_have_trls_names_and_the_tables_numbers(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "beta": 0.1, "log_completions": True}
+    fields |= {"reward_weights": [1.0, 2.0], "num_completions_to_print": 1}
+    (result,) = run_ranks(1, train_grpo, model, ROWS, fields)
+    lines = metric_lines(tmp_path)
+    assert sorted(lines[0]) == sorted(NAMES)
+    for line in lines:
+        table = pq.read_table(tmp_path / "completions" / f"completions_{line['step']:05d}.parquet").to_pydict()
+        columns = ["step", "prompt", "completion", "closeness", "brevity", "words", "advantage"]
+        assert list(table) == columns
+        assert len(table["prompt"]) == 8 and table["prompt"][0] == table["prompt"][3] != table["prompt"][4]
+        assert line["rewards/closeness/mean"] == pytest.approx(statistics.fmean(table["closeness"]), rel=1e-5)
+        scored = [value for value in table["brevity"] if value == value]
+        assert 0 < len(scored) < 8
+        assert line["rewards/brevity/mean"] == pytest.approx(statistics.fmean(scored), rel=1e-5)
+        totals = [
+            near + (2 * brief if brief == brief else 0.0)
+            for near, brief in zip(table["closeness"], table["brevity"], strict=True)
+        ]
+        assert line["reward"] == pytest.approx(statistics.fmean(totals), rel=1e-5)
+        group = totals[:4]
+        expected = [(total - statistics.fmean(group)) / (statistics.stdev(group) + 1e-4) for total in group]
+        assert table["advantage"][:4] == pytest.approx(expected, rel=1e-3)
+        assert line["mean_words"] == statistics.fmean(table["words"])
+
+
+def test_every_layout_learns_the_same(model: str, tmp_path: Path) -> None:
+    common = {"max_steps": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "beta": 0.1}
+    common |= {"mask_truncated_completions": True, "temperature": 0.7}
+    layouts = {
+        1: {"per_device_train_batch_size": 8},
+        2: {"per_device_train_batch_size": 4},
+        4: {"per_device_train_batch_size": 4, "tensor_model_parallel_size": 2},
+    }
+    seen = {}
+    for world, layout in layouts.items():
+        fields = {"output_dir": str(tmp_path / str(world)), **common, **layout}
+        run_ranks(world, train_grpo, model, ROWS, fields)
+        seen[world] = [_without_times(line) for line in metric_lines(tmp_path / str(world))]
+    assert len(seen[1]) == 4
+    for world in (2, 4):
+        for line, expected in zip(seen[world], seen[1], strict=True):
+            assert line == pytest.approx(expected, abs=2e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_resumed_in_the_middle_of_a_round_is_bitwise_the_uninterrupted_one(
+    world: int, model: str, tmp_path: Path
+) -> None:
+    common = {"max_steps": 8, "steps_per_generation": 2, "num_iterations": 2, "save_strategy": "steps"}
+    common |= {"save_steps": 3, "logging_steps": 2, "pipeline_model_parallel_size": world}
+    whole = {"output_dir": str(tmp_path / "whole"), **common}
+    parts = {"output_dir": str(tmp_path / "parts"), **common}
+    expected = run_ranks(world, train_grpo, model, ROWS, whole)[0]
+    run_ranks(world, train_grpo, model, ROWS, parts, {"stop": StopAt(3)})
+    second = run_ranks(world, train_grpo, model, ROWS, parts, {"resume": "latest"})[0]
+    assert second["digest"] == expected["digest"]
+    assert second["versions"] == [4]  # the first round's last step needs no new completions
+    lines = [_without_times(line) for line in metric_lines(tmp_path / "parts")]
+    assert lines == [_without_times(line) for line in metric_lines(tmp_path / "whole")]
+
+
+def test_evaluation_scores_every_prompt_once_and_disturbs_nothing(model: str, tmp_path: Path) -> None:
+    plain = {"output_dir": str(tmp_path / "plain"), "max_steps": 4, "steps_per_generation": 2}
+    fields = plain | {"output_dir": str(tmp_path / "eval"), "eval_strategy": "steps", "eval_steps": 1}
+    fields |= {"num_generations_eval": 2, "eval_on_start": True, "vllm_enable_sleep_mode": True}
+    scored: list[int] = []
+    given = {"eval_dataset": prompt_rows(5)}
+    (expected,) = run_ranks(1, train_grpo, model, ROWS, plain)
+    (result,) = run_ranks(1, train_grpo, model, ROWS, fields, given)
+    assert result["digest"] == expected["digest"]
+    lines = metric_lines(tmp_path / "eval")
+    evaluations = [line for line in lines if "eval_reward" in line]
+    assert [line["step"] for line in evaluations] == [0, 1, 2, 3, 4]
+    names = {"eval_loss", "eval_reward", "eval_reward_std", "eval_rewards/closeness/mean", "eval_entropy"}
+    assert names | {"eval_completions/mean_length"} <= evaluations[0].keys()
+    assert all(name == "step" or name.startswith("eval_") for name in evaluations[0])
+    # The same seeds each time: what changes between evaluations is the policy alone, which this sampler ignores.
+    assert len({line["eval_reward"] for line in evaluations}) == 1
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert not scored
+
+
+def test_a_single_function_and_a_built_in_name_are_reward_functions(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 1}
+    (result,) = run_ranks(1, train_grpo, model, ROWS, fields, {"reward_funcs": "length_reward"})
+    line = metric_lines(tmp_path)[0]
+    assert line["reward"] == line["rewards/length_reward/mean"] == -line["completions/mean_length"]

@@ -1,0 +1,178 @@
+"""Checkpoints: whole or not there, rotated, and resumed from bit by bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megalign.config import SFTConfig
+from megalign.errors import UserError
+from megalign.trainers import checkpointing
+from megalign.trainers.sft import SFTTrainer
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny_model
+from tests.trainers.runs import StopAt, metric_lines, sft_fields, token_rows, train_sft
+
+ROWS = token_rows(14)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model("qwen2", tmp_path_factory.mktemp("model"))
+
+
+def _fields(directory: Path, **fields: Any) -> dict[str, Any]:
+    # Every window of 2 steps straddles a checkpoint, and the run has a second epoch in another order.
+    return {
+        "output_dir": str(directory),
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 2,
+        "shuffle_dataset": True,
+        "gradient_accumulation_steps": 2,
+        **fields,
+    }
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if not name.endswith("time")}
+
+
+LAYOUTS = {
+    1: {},
+    2: {"pipeline_model_parallel_size": 2},
+    4: {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True, "gradient_accumulation_steps": 1},
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world: int, model: str, tmp_path: Path) -> None:
+    whole = _fields(tmp_path / "whole", **LAYOUTS[world])
+    parts = _fields(tmp_path / "parts", **LAYOUTS[world])
+    expected = run_ranks(world, train_sft, model, ROWS, whole)[0]
+    first = run_ranks(world, train_sft, model, ROWS, parts, {"stop": StopAt(3)})[0]
+    assert first["output"].global_step == 3
+    second = run_ranks(world, train_sft, model, ROWS, parts, {"resume": "latest"})[0]
+    assert second["digest"] == expected["digest"] != first["digest"]
+    lines = [_without_times(line) for line in metric_lines(tmp_path / "parts")]
+    assert lines == [_without_times(line) for line in metric_lines(tmp_path / "whole")]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+
+
+def test_lines_of_repeated_steps_are_appended(model: str, tmp_path: Path) -> None:
+    fields = _fields(tmp_path, logging_steps=1)
+    run_ranks(1, train_sft, model, ROWS, fields, {"stop": StopAt(5)})
+    run_ranks(1, train_sft, model, ROWS, fields, {"resume": True})
+    lines = metric_lines(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6]
+    assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
+
+
+def test_a_finished_run_is_not_trained_again(model: str, tmp_path: Path) -> None:
+    fields = _fields(tmp_path)
+    (first,) = run_ranks(1, train_sft, model, ROWS, fields)
+    (second,) = run_ranks(1, train_sft, model, ROWS, fields, {"resume": "latest"})
+    assert second["output"].global_step == 6
+    assert second["events"] == ["on_init_end"]
+    assert second["digest"] == first["digest"]
+
+
+def test_latest_without_a_checkpoint_starts_afresh_and_says_so(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (result,) = run_ranks(1, train_sft, model, ROWS, _fields(tmp_path), {"resume": "latest"})
+    assert result["output"].global_step == 6
+    assert "no checkpoint" in capfd.readouterr().out
+
+
+def test_one_ranks_wish_to_stop_stops_all(model: str, tmp_path: Path) -> None:
+    fields = _fields(tmp_path, save_strategy="no", tensor_model_parallel_size=2)
+    results = run_ranks(2, train_sft, model, ROWS, fields, {"stop": StopAt(2, only_rank=1)})
+    assert [result["output"].global_step for result in results] == [2, 2]
+
+
+def test_only_the_newest_checkpoints_are_kept(model: str, tmp_path: Path) -> None:
+    run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, save_steps=1, save_total_limit=2))
+    assert [path.name for path in checkpointing.checkpoints(str(tmp_path))] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_checkpoint_without_manifest_is_not_the_latest(model: str, tmp_path: Path) -> None:
+    run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, save_steps=2))
+    (tmp_path / "checkpoint-6" / "manifest.json").unlink()
+    assert checkpointing.find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-4"
+    with pytest.raises(UserError, match="checkpoint-6 has no manifest.json"):
+        checkpointing.find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-6"))
+
+
+def test_the_manifest_lists_every_file_with_its_size(model: str, tmp_path: Path) -> None:
+    run_ranks(2, train_sft, model, ROWS, _fields(tmp_path, tensor_model_parallel_size=2))
+    path = tmp_path / "checkpoint-3"
+    manifest = json.loads((path / "manifest.json").read_text())
+    files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    files.pop("manifest.json")
+    assert manifest["files"] == files
+    assert {"trainer_state.json", "loop/rank_00000.pt", "loop/rank_00001.pt"} <= files.keys()
+    (path / "loop" / "rank_00001.pt").write_bytes(b"cut")
+    with pytest.raises(UserError, match="rank_00001.pt has 3 bytes where its manifest says"):
+        checkpointing.check_checkpoint(path, manifest["settings"])
+
+
+def _resume_error(path: str, fields: dict[str, Any]) -> str:
+    try:
+        SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=ROWS).train("latest")
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1 but .* was made with 2"),
+        ({"seed": 7}, "seed is 7 but .* was made with 42"),
+        ({"max_length": 8}, "max_length is 8 but .* was made with 1024"),
+        ({"tensor_model_parallel_size": 2}, "world_size is 2 but .* was made with 1"),
+    ],
+)
+def test_another_layout_or_other_data_is_named(
+    model: str, tmp_path_factory: pytest.TempPathFactory, changed: dict[str, Any], message: str, made: Path
+) -> None:
+    world = changed.get("tensor_model_parallel_size", 1)
+    error = run_ranks(world, _resume_error, model, _fields(made, **changed))[0]
+    import re
+
+    assert re.search(message, error), error
+
+
+@pytest.fixture(scope="module")
+def made(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("made")
+    run_ranks(1, train_sft, model, ROWS, _fields(directory, max_steps=3))
+    return directory
+
+
+def test_generators_come_back_where_they_were(tmp_path: Path) -> None:
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    np.random.standard_normal()  # leaves a cached second normal
+    random.gauss(0, 1)
+    torch.save(checkpointing.rng_state(), tmp_path / "rng.pt")
+
+    def draw() -> tuple[Any, ...]:
+        return (
+            random.gauss(0, 1),
+            random.random(),
+            np.random.standard_normal(3).tolist(),
+            torch.rand(3).tolist(),
+        )
+
+    expected = draw()
+    draw()
+    checkpointing.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == expected
