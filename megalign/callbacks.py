@@ -35,22 +35,14 @@ __all__ = [
     "make_handler",
 ]
 
-# What transformers itself would use for a field that our configs lack (hub_*, metric_for_best_model, ...).
-_TRANSFORMERS_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(TrainingArguments)
-    if field.default is not dataclasses.MISSING
-}
-
-
 class CallbackArguments:
     """The `args` that a transformers callback sees: our config's fields over TrainingArguments' defaults."""
 
     def __init__(self, config: Any, *, process_index: int, local_process_index: int, world_size: int) -> None:
         self._config = config
-        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        vars(self).update(_TRANSFORMERS_DEFAULTS)
-        vars(self).update(own)
+        # What transformers itself would use for a field that our configs lack: hub_*, metric_for_best_model ...
+        vars(self).update(_defaults(TrainingArguments))
+        vars(self).update({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
         self.process_index = process_index
         self.local_process_index = local_process_index
         self.world_size = world_size
@@ -68,9 +60,8 @@ class CallbackArguments:
             setattr(self, name, int(value) if value >= 1 else value)
 
     def to_dict(self) -> dict[str, Any]:
-        """Our config's fields as plain values; access tokens are hidden."""
-        values = dataclasses.asdict(self._config)
-        return {name: f"<{name.upper()}>" if name.endswith("_token") else _plain(v) for name, v in values.items()}
+        """Our config's fields as plain values."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self._config).items()}
 
     def to_json_string(self) -> str:
         """What TensorBoard shows as the run's arguments."""
@@ -78,11 +69,12 @@ class CallbackArguments:
 
     def to_sanitized_dict(self) -> dict[str, Any]:
         """The fields as values that a table of hyper-parameters can hold."""
-        return {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in self.to_dict().items()}
+        values = self.to_dict()
+        return {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in values.items()}
 
 
 class LossProgressCallback(ProgressCallback):
-    """transformers' progress bar with loss and reward beside it; evaluations are written as lines above it."""
+    """transformers' progress bar with loss and reward beside it; evaluations are lines above it."""
 
     shown = ("loss", "reward", "kl", "learning_rate")
 
@@ -112,7 +104,7 @@ def make_handler(
     model: Any,
     processing_class: Any,
 ) -> CallbackHandler:
-    """Flow control and the user's callbacks on every rank; progress and reporting only where they are shown."""
+    """Flow control and the user's callbacks on every rank; progress and reporting on the first only."""
     chosen: list[Any] = [DefaultFlowCallback]
     if is_world_zero:
         chosen += _reporting(config.report_to)
@@ -131,6 +123,17 @@ def _reporting(report_to: str | Sequence[str] | None) -> list[TrainerCallback]:
         return [made() for made in classes]
     except (ValueError, RuntimeError) as error:  # unknown name; package not installed
         raise UserError(f"report_to={names}: {error}; report_to=none goes without") from error
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a dataclass's fields, where they have one."""
+    found = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
 
 
 def _plain(value: Any) -> Any:

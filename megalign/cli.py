@@ -9,6 +9,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import Field
 from pathlib import Path
@@ -28,7 +29,6 @@ SUMMARIES = {
     "sft": "supervised fine-tuning on text, prompt-completion pairs, messages or tokenized rows",
     "grpo": "reinforcement learning: group relative policy optimization with vLLM",
 }
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,22 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         launch.report_error(str(error))
-        return _leave(EXIT_USER_ERROR)
     except RuntimeError:
         # A peer that left takes its connections with it; what gloo or NCCL say then is not news.
-        if launch.another_rank_reported():
-            return _leave(EXIT_USER_ERROR)
-        raise
-    return 0
-
-
-def _leave(status: int) -> int:
-    """Returns `status`, or ends the process at once where threads of NCCL or vLLM could hold it for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+        if not launch.another_rank_reported():
+            raise
+    else:
+        return 0
     if launch.default_store() is not None:
-        os._exit(status)
-    return status
+        launch.end_at_once(launch.EXIT_USER_ERROR)
+    return launch.EXIT_USER_ERROR
 
 
 def _run(argv: list[str]) -> None:
@@ -69,6 +62,10 @@ def _run(argv: list[str]) -> None:
         print(command_help(command))
         return
     args = parse_arguments(COMMANDS[command], argv)
+    # What Megatron falls back to without Transformer Engine and Apex is by design here; said once for each module and
+    # rank, it would bury the progress bar.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     args.validate(launch.prepare_environment())
     {"sft": run_sft, "grpo": run_grpo}[command](args)
 
@@ -132,9 +129,7 @@ def parse_arguments(cls: type[Config], argv: list[str]) -> Any:
     if "config" in given:
         (path, *more) = given.pop("config") or [""]
         if more or not path:
-            raise UserError(
-                f"--config takes one YAML file, not {' '.join([path, *more])!r}; give --config run.yaml"
-            )
+            raise UserError(f"--config takes one YAML file, not {' '.join([path, *more])!r}; give --config run.yaml")
         values = read_yaml(cls, path)
     for name, words in given.items():
         values[name] = _value_of_words(cls, name, words)
@@ -171,9 +166,7 @@ def _value_of_words(cls: type[Config], name: str, words: list[str]) -> Any:
         raise UserError(f"--{name} has no value; it must be {asked_for(annotation)}")
     takes_list = any(member in members for member in (list[str], list[float]))
     if len(words) > 1 and not takes_list:
-        raise UserError(
-            f"--{name} {' '.join(words)}: one value is wanted, {asked_for(annotation)}; quote it if it is"
-        )
+        raise UserError(f"--{name} {' '.join(words)}: one value is wanted, {asked_for(annotation)}; quote it if it is")
     if len(words) == 1:
         return parse(name, annotation, words[0])
     return [item for word in words for item in parse(name, annotation, word)]
@@ -190,9 +183,7 @@ def read_yaml(cls: type[Config], path: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}; write `field: value` lines") from error
     if not isinstance(loaded, Mapping):
-        raise UserError(
-            f"--config {path} holds a {type(loaded).__name__}, not fields; write `field: value` lines"
-        )
+        raise UserError(f"--config {path} holds a {type(loaded).__name__}, not fields; write `field: value` lines")
     _set_environment(path, loaded.get("env") or {})
     values = {str(key).replace("-", "_"): value for key, value in loaded.items() if key != "env"}
     for name, value in values.items():
@@ -221,8 +212,7 @@ def top_level_help() -> str:
     return "\n".join(
         [
             "usage: python -m megalign COMMAND --config run.yaml --field value ...",
-            "       torchrun --nproc_per_node N -m megalign COMMAND ...   (or: srun python -m megalign "
-            "COMMAND ...)",
+            "       torchrun --nproc_per_node N -m megalign COMMAND ...   (or: srun python -m megalign COMMAND ...)",
             "",
             "commands:",
             *lines,

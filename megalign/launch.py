@@ -6,6 +6,7 @@ Slurm's; a process on its own becomes a job of one rank.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import re
@@ -16,8 +17,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import MutableMapping
+from types import TracebackType
+from typing import NoReturn
 
 from megalign.errors import UserError
+
+EXIT_USER_ERROR = 2
 
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
@@ -112,13 +117,39 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def report_error(message: str) -> None:
-    """Prints `megalign: error: message` on one line, once in the whole job, whichever ranks meet the
-    error."""
+    """Prints `megalign: error: message` on one line, once in the whole job, whichever ranks meet the error."""
     # A rank that leaves first makes torchrun end this one, perhaps between its claim and its line.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if _claim_error():
         line = " ".join(message.split())
-        print(f"megalign: error: {line}", file=sys.stderr, flush=True)
+        # Once the job runs, the cursor may stand behind a progress bar, of this rank or of another.
+        start = "" if default_store() is None else "\n"
+        print(f"{start}megalign: error: {line}", file=sys.stderr, flush=True)
+
+
+def report_uncaught() -> None:
+    """Makes a UserError that a script does not catch end it as it ends the command line: one line, status 2."""
+    previous = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if hasattr(sys, "ps1"):  # a prompt goes on after an error
+            previous(kind, error, trace)
+        elif isinstance(error, UserError):
+            report_error(str(error))
+            end_at_once(EXIT_USER_ERROR)
+        elif isinstance(error, RuntimeError) and another_rank_reported():
+            end_at_once(EXIT_USER_ERROR)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = report
+
+
+def end_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for threads: those of NCCL or vLLM could hold it for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def another_rank_reported() -> bool:
@@ -137,7 +168,11 @@ def _claim_error() -> bool:
     """Whether this rank is the first to report. All ranks meet a wrong flag, only one a wrong row."""
     store = default_store()
     if store is not None:
-        return not another_rank_reported() and store.add("megalign/error", 1) == 1
+        try:
+            return store.add("megalign/error", 1) == 1
+        except RuntimeError:
+            # The store's host has left; what made it leave is its own to report.
+            return False
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     # Not by rank: torchrun ends the others as soon as one has left, rank 0 perhaps before it has spoken.
@@ -155,21 +190,26 @@ def default_store():  # noqa: ANN202  (torch.distributed.Store, of a module that
 
 
 def _first_on_this_node() -> bool:
-    """Exclusive creation of a file named after the launcher's process, which all ranks of a node share."""
-    parent = os.getppid()
+    """The ranks of a node share the launcher as their parent: a file named after it lists those that came.
+
+    A rank that finds itself there belongs to the next job of the same launcher (a shell, or a restart).
+    """
+    parent, rank = os.getppid(), os.environ.get("RANK", "0")
     try:
         with open(f"/proc/{parent}/stat") as stat:
             started = stat.read().rpartition(")")[2].split()[19]
     except OSError:
         started = "0"
-    name = (
-        f"megalign-{os.getuid()}-{parent}-{started}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.error"
-    )
-    try:
-        os.close(os.open(os.path.join(tempfile.gettempdir(), name), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
+    path = os.path.join(tempfile.gettempdir(), f"megalign-{os.getuid()}-{parent}-{started}.error")
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        came = file.read().split()
+        is_first = not came or rank in came
+        if is_first:
+            file.truncate(0)
+        file.write(f"{rank}\n")
+    return is_first
 
 
 def _first_node_by_agent() -> bool:

@@ -25,9 +25,7 @@ def grpo(*words: str) -> GRPOConfig:
 
 def run(*words: str, **environ: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "megalign", *words]
-    paths = os.pathsep.join(
-        [os.path.dirname(os.path.dirname(megalign.__file__)), os.environ.get("PYTHONPATH", "")]
-    )
+    paths = os.pathsep.join([os.path.dirname(os.path.dirname(megalign.__file__)), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         command,
         env=dict(os.environ, PYTHONPATH=paths, **environ),
@@ -84,9 +82,7 @@ def test_the_command_line_wins_over_yaml_and_env_is_set(tmp_path, monkeypatch):
         assert os.environ["MEGALIGN_TEST_ENV"] == "1"
     finally:
         os.environ.pop("MEGALIGN_TEST_ENV", None)
-    assert (
-        args.lr_scheduler_kwargs == {"min_lr": 1e-7} and args.weight_decay == 1e-2 and args.eval_steps is None
-    )
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-7} and args.weight_decay == 1e-2 and args.eval_steps is None
     assert (args.learning_rate, args.max_steps, args.bf16, args.report_to) == (
         1e-5,
         5,
@@ -153,9 +149,7 @@ def test_help_has_a_line_with_a_doc_for_every_field(command):
         assert line.endswith(docs(COMMANDS[command])[name])
 
 
-@pytest.mark.parametrize(
-    "words", [["grpo", "--help"], ["sft", "-h"], ["--help"], ["sft", "--learning_rte", "1"]]
-)
+@pytest.mark.parametrize("words", [["grpo", "--help"], ["sft", "-h"], ["--help"], ["sft", "--learning_rte", "1"]])
 def test_help_and_wrong_flags_answer_without_torch_or_transformers(words):
     code = (
         "import sys; from megalign.cli import main; status = main(sys.argv[1:]);"
@@ -169,10 +163,7 @@ def test_help_and_wrong_flags_answer_without_torch_or_transformers(words):
 def test_a_mistake_is_one_line_and_status_2():
     ran = run("grpo", "--learning_rte", "1")
     assert ran.returncode == 2 and ran.stdout == ""
-    assert (
-        ran.stderr
-        == "megalign: error: learning_rte is not a field of GRPOConfig; did you mean learning_rate?\n"
-    )
+    assert ran.stderr == "megalign: error: learning_rte is not a field of GRPOConfig; did you mean learning_rate?\n"
 
 
 def test_a_world_that_does_not_divide_is_one_line():

@@ -96,7 +96,9 @@ def gradients(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor])
     """Loss and whole gradients, in Hugging Face names, read through the exporter from DDP's buffers."""
     engine = make_engine(path, layout, use_distributed_optimizer=False)
     groups = engine.groups
-    batches = [microbatch(ids, logprobs, groups.token_multiple) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]]
+    batches = [
+        microbatch(ids, logprobs, groups.token_multiple) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]
+    ]
     counts = reduce_counts(batches, groups)
     assert (counts.tokens, counts.sequences) == (global_counts().tokens, global_counts().sequences)
     shares = pipeline.train(
@@ -120,11 +122,10 @@ def two_steps(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor])
     # by the whole learning rate. 1e-3 keeps the comparison about the algorithm.
     engine = make_engine(path, layout, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-3)
     dp = engine.groups.dp
-    batches = [
-        microbatch(ids, logprobs, engine.groups.token_multiple) for ids in MICROBATCHES[dp.rank :: dp.size]
-    ]
+    batches = [microbatch(ids, logprobs, engine.groups.token_multiple) for ids in MICROBATCHES[dp.rank :: dp.size]]
     norms = [
-        engine.train_step(batches, loss_of(name), learning_rate=1e-2, counts=global_counts()).grad_norm for _ in range(2)
+        engine.train_step(batches, loss_of(name), learning_rate=1e-2, counts=global_counts()).grad_norm
+        for _ in range(2)
     ]
     return {"norms": norms, "weights": {key: value.clone() for key, value in engine.gathered()}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -54,9 +55,7 @@ def test_a_slurm_step_becomes_a_job():
 
 def test_scontrol_is_asked_for_the_hosts(tmp_path, monkeypatch):
     command = tmp_path / "scontrol"
-    command.write_text(
-        '#!/bin/sh\n[ "$1 $2 $3" = "show hostnames gpu[07-08]" ] && printf "first\\nsecond\\n"\n'
-    )
+    command.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames gpu[07-08]" ] && printf "first\\nsecond\\n"\n')
     command.chmod(command.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     environ = dict(STEP)
@@ -97,9 +96,7 @@ REPORT = "import sys; from megalign.launch import report_error; report_error('wr
 def test_ranks_of_one_launcher_report_once(tmp_path):
     environ = dict(os.environ, WORLD_SIZE="4", TMPDIR=str(tmp_path))
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", REPORT], env=dict(environ, RANK=str(rank)), stderr=subprocess.PIPE
-        )
+        subprocess.Popen([sys.executable, "-c", REPORT], env=dict(environ, RANK=str(rank)), stderr=subprocess.PIPE)
         for rank in (3, 2, 1, 0)
     ]
     lines = [rank.communicate(timeout=60)[1].decode() for rank in ranks]
@@ -138,3 +135,21 @@ def test_one_ranks_error_ends_the_job_with_one_line(tmp_path):
     lines = [line for line in ran.stderr.splitlines() if line.startswith("megalign: error:")]
     assert lines == ["megalign: error: row 3 has no column prompt; add it"]
     assert 'job.py", line' not in ran.stderr and "cli.py" not in ran.stderr
+
+
+def test_two_agents_report_a_wrong_flag_once():
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        command += ["--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}"]
+    environ = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
+    words = ["-m", "megalign", "sft", "--learning_rte", "1"]
+    agents = [
+        subprocess.Popen([*command, f"--node_rank={node}", *words], env=environ, stderr=subprocess.PIPE, text=True)
+        for node in (0, 1)
+    ]
+    said = "".join(agent.communicate(timeout=120)[1] for agent in agents)
+    assert [line for line in said.splitlines() if line.startswith("megalign: error:")] == [
+        "megalign: error: learning_rte is not a field of SFTConfig; did you mean learning_rate?"
+    ]
+    assert all(agent.returncode != 0 for agent in agents)

@@ -9,3 +9,6 @@ import megatron.core.pipeline_parallel  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402, F401
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402, F401
+
+import megalign.trainers.grpo  # noqa: E402, F401
+import megalign.trainers.sft  # noqa: E402, F401

@@ -31,4 +31,5 @@ def sum_reward(completions: list[list[dict[str, str]]], answer: list[int], **kwa
     """1 where the last number of a completion is the sum, else 0."""
     texts = [completion[0]["content"] for completion in completions]
     numbers = [re.findall(r"\d+", text) for text in texts]
-    return [float(bool(found) and int(found[-1]) == sum_) for found, sum_ in zip(numbers, answer, strict=True)]
+    right = zip(numbers, answer, strict=True)
+    return [float(bool(found) and int(found[-1]) == total) for found, total in right]

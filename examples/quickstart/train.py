@@ -27,7 +27,8 @@ matplotlib.use("Agg")
 
 def arguments() -> argparse.Namespace:
     """What quickstart.sh and experiments vary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--output", type=Path, required=True, help="gets model/, reward.png and result.json")
     parser.add_argument("--steps", type=int, default=30)

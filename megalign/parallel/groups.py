@@ -120,5 +120,8 @@ def seed_parallel_rng(seed: int) -> None:
 
 def _axis(group: Any) -> Axis:
     return Axis(
-        group=group, rank=dist.get_rank(group), size=dist.get_world_size(group), ranks=dist.get_process_group_ranks(group)
+        group=group,
+        rank=dist.get_rank(group),
+        size=dist.get_world_size(group),
+        ranks=dist.get_process_group_ranks(group),
     )

@@ -61,22 +61,31 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, bias, labels, temperature, log_normaliser, entropy = ctx.saved_tensors
         shard = _Shard(weight, bias, ctx.vocab_size, ctx.tp)
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight: Tensor | None = None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             scale = None if temperature is None else temperature[rows]
             grad_logits = shard.grad_logits(
-                hidden[rows], labels[rows], scale, log_normaliser[rows], entropy[rows], grad_logprobs[rows], grad_entropy[rows]
+                hidden[rows],
+                labels[rows],
+                scale,
+                log_normaliser[rows],
+                entropy[rows],
+                grad_logprobs[rows],
+                grad_entropy[rows],
             )
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
+            product = grad_logits.T @ hidden[rows]
+            # One chunk needs no fp32 copy of a whole vocabulary to be added up in.
+            grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
         if ctx.tp.size > 1:  # each rank saw its share of the vocabulary only
             dist.all_reduce(grad_hidden, group=ctx.tp.group)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+        grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 class _Shard:

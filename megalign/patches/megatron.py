@@ -1,4 +1,4 @@
-"""What Megatron-Core 0.16-0.19 needs to run on CPU and gloo, and two repairs of its optimizer checkpoints.
+"""What Megatron-Core 0.16-0.19 needs to run on CPU and gloo, and three repairs of its optimizer checkpoints.
 
 `install()` once a process; `megatron_calls()` around every call into Megatron (schedules, optimizer, model
 construction). Outside that context torch is untouched, so that vLLM in the same process does not pay.
@@ -113,6 +113,9 @@ def _repair_optimizer_checkpoints() -> None:
     (1) `_set_main_param_and_optimizer_states` looks up "step" in tensors that do not carry it: KeyError.
     (2) `load_state_dict` leaves ONE step tensor shared by all parameters, which then advances once for each
     parameter. Both go when upstream keeps step per parameter.
+    (3) `get_parameter_state_dp_zero` (distrib_optimizer.py:1113) closes the gaps between buckets, but its reader
+    (:1501) slices by places that include them: a parameter behind a gap is saved shifted, the last one cut. A tied
+    embedding under pipeline parallelism is a bucket of its own. Goes when upstream keeps the gaps.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -134,6 +137,17 @@ def _repair_optimizer_checkpoints() -> None:
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
 
+    gather = DistributedOptimizer.get_parameter_state_dp_zero
+
+    @functools.wraps(gather)
+    def gather_with_gaps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for buffer in self.buffers:
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+            buffer.numel_unpadded = buffer.numel
+        return gather(self, *args, **kwargs)
+
+    DistributedOptimizer.get_parameter_state_dp_zero = gather_with_gaps
     DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(set_with_step)
     DistributedOptimizer.load_state_dict = load_with_own_steps
 

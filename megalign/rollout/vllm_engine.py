@@ -74,9 +74,9 @@ class VllmEngine:
         with _untouched_process():
             self._llm = self._start(model_path, args)
         if not device.on_cuda():
-            vllm_patches.check_head_size(self._llm.llm_engine.model_config.get_head_size())
             dist.barrier(groups.world.group)
             vllm_patches.unlink_shared_memory(job)
+            vllm_patches.check_head_size(self._llm.llm_engine.model_config.get_head_size())
         self.max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
     def _start(self, model_path: str, args: RolloutConfig) -> Any:
@@ -93,6 +93,9 @@ class VllmEngine:
             # Sleep is ours (patches/vllm.py); vLLM would refuse the option here.
             on_device = {
                 "enforce_eager": True,
+                # A prompt prefilled in two steps would take two draws of its seed: vLLM 0.32 rewinds the
+                # generator (gpu_model_runner.py:3502) in a way that torch's CPU generator refuses.
+                "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(args.vllm_cpu_kv_cache_gib * 2**30),
             }
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,12 @@ def as_dataset(dataset: Any, name: str) -> Dataset:
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
         return Dataset.from_list([dict(row) for row in dataset])
     raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of rows (dicts)")
+
+
+def describe_rows(rows: Dataset) -> str:
+    """The number of rows and a short digest of the first and last: enough to know other data by."""
+    ends = json.dumps([rows[0], rows[len(rows) - 1]], default=str, sort_keys=True)
+    return f"{len(rows)} rows {hashlib.sha256(ends.encode()).hexdigest()[:8]}"
 
 
 def check_callbacks(callbacks: Any) -> Sequence[Any] | None:

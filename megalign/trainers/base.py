@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from megalign import launch
 from megalign.batch import Batch, Counts
 from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
 from megalign.data.chat import load_tokenizer
@@ -23,17 +24,18 @@ from megalign.data.datasets import once_per_job
 from megalign.errors import UserError
 from megalign.parallel.control import any_rank
 from megalign.parallel.groups import initialize
+from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import checkpointing
 from megalign.trainers.arguments import (
     as_dataset,
     check_callbacks,
+    describe_rows,
     has_tokenizer,
     model_directory,
     refuse_arguments,
 )
 from megalign.trainers.reporting import MetricsFile, MetricsWindow
-from megalign.trainers.schedule import LearningRate, StepPlan, plan_steps
-from megalign.train_engine import StepResult, TrainEngine
+from megalign.trainers.schedule import LearningRate, plan_steps
 
 LAYOUT_FIELDS = (
     "tensor_model_parallel_size",
@@ -70,6 +72,7 @@ class Trainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **refused: Any,
     ) -> None:
+        launch.report_uncaught()
         refuse_arguments(type(self), self.refused_arguments, refused)
         self.model_path = model_directory(model, args)
         self.args = args = args or self.config_class(output_dir=f"{Path(self.model_path).name}-{type(self).__name__}")
@@ -312,7 +315,12 @@ class Trainer:
 
     def _settings(self) -> dict[str, Any]:
         shared = {name: getattr(self.args, name) for name in (*LAYOUT_FIELDS, *self.data_fields)}
-        return {"trainer": type(self).__name__, "world_size": self.groups.world.size, "rows": len(self.train_rows), **shared}
+        return {
+            "trainer": type(self).__name__,
+            "world_size": self.groups.world.size,
+            **shared,
+            "train_dataset": describe_rows(self.train_rows),
+        }
 
     def _save_checkpoint(self) -> None:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

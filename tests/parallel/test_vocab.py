@@ -65,7 +65,9 @@ def test_scores_and_gradients_equal_full_softmax(world: int) -> None:
     ranks = run_ranks(world, _sharded)
     for name in ("logprobs", "entropy", "correct", "hidden"):
         for got in ranks:
-            torch.testing.assert_close(got[name].double(), wanted[name].double().detach(), rtol=2e-6, atol=2e-6, msg=name)
+            torch.testing.assert_close(
+                got[name].double(), wanted[name].double().detach(), rtol=2e-6, atol=2e-6, msg=name
+            )
     for name in ("weight", "bias"):
         got = torch.cat([rank[name] for rank in ranks])
         torch.testing.assert_close(got.double(), wanted[name], rtol=2e-6, atol=2e-6, msg=name)

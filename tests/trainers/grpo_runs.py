@@ -19,8 +19,8 @@ from tests.trainers.runs import Recorder, digest
 
 
 def save_model_with_tokenizer(path: Path) -> str:
-    """A tiny llama whose 101 words are t0 ... t100."""
-    save_tiny_model("llama", path)
+    """A tiny llama whose 101 words are t0 ... t100; vLLM has no kernel for heads below 32 on a CPU."""
+    save_tiny_model("llama", path, head_dim=32)
     words = {f"t{index}": index for index in range(101)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -144,6 +144,20 @@ def train_grpo(
         "weights": trainer.rollout.seen_weights,
         "digest": digest(fields["output_dir"]),
     }
+
+
+def train_grpo_with_vllm(
+    path: str, rows: list[dict[str, Any]], fields: dict[str, Any], resume: str | None = None
+) -> dict[str, Any]:
+    """The same with the real sampler; for fresh processes."""
+    from megalign.trainers.grpo import GRPOTrainer
+
+    fields = {"vllm_max_model_length": 64, "vllm_cpu_kv_cache_gib": 0.0625, **fields}
+    trainer = GRPOTrainer(
+        path, [closeness], GRPOConfig(**grpo_fields(**fields)), train_dataset=rows, eval_dataset=rows[:3]
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {"history": trainer.state.log_history, "digest": digest(fields["output_dir"])}
 
 
 def watch(trainer: Any) -> list[str]:

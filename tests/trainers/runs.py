@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import random
 from pathlib import Path
@@ -39,8 +41,11 @@ def train_sft(
     trainer = SFTTrainer(
         path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, callbacks=callbacks, **given
     )
-    output = trainer.train(resume_from_checkpoint=resume)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        output = trainer.train(resume_from_checkpoint=resume)
     return {
+        "said": said.getvalue(),
         "history": trainer.state.log_history,
         "output": output,
         "events": recorder.events,

@@ -1,0 +1,125 @@
+"""Starts jobs the way users do, as processes of their own, and tells how they ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# A launcher's variables must not leak from the tests' own environment into a job.
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "SLURM_", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that is over."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """What megalign said was wrong, of all ranks."""
+        return error_lines(self.stderr)
+
+    @property
+    def rank_statuses(self) -> list[int]:
+        """Exit statuses of the ranks that torchrun counts as failed."""
+        return [int(status) for status in re.findall(r"exitcode\s*: (-?\d+)", self.stderr)]
+
+    def succeeded(self) -> Ended:
+        """Itself, with status 0."""
+        assert self.status == 0, f"status {self.status}\n{self.stdout}\n{self.stderr}"
+        return self
+
+
+def error_lines(stderr: str) -> list[str]:
+    """The lines that begin as ours do."""
+    lines = [line for line in stderr.splitlines() if "megalign: error:" in line]
+    # Behind a carriage return a progress bar would have been written over it.
+    assert all(line.startswith("megalign: error: ") for line in lines), lines
+    return lines
+
+
+def megalign(*words: object) -> list[str]:
+    """The command of one rank."""
+    return [sys.executable, "-m", "megalign", *map(str, words)]
+
+
+def torchrun(ranks: int, *command: object, nodes: int = 1) -> list[str]:
+    """torchrun with `ranks` ranks on this node; several nodes meet at the port in {port}."""
+    meeting = ["--master_port", "{port}"]
+    if nodes > 1:
+        meeting = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_id", "job", "--local_addr", "127.0.0.1"]
+        meeting += ["--rdzv_endpoint", "127.0.0.1:{port}"]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *meeting, *map(str, command)]
+
+
+def run(command: Sequence[str], cwd: Path, *, timeout: float = 90, **environ: str) -> Ended:
+    """One process (or torchrun and its ranks) from start to end."""
+    return run_together([command], cwd, [environ], timeout=timeout)[0]
+
+
+def run_together(
+    commands: Sequence[Sequence[str]],
+    cwd: Path,
+    environs: Sequence[Mapping[str, str]] | None = None,
+    *,
+    timeout: float = 90,
+) -> list[Ended]:
+    """Several processes side by side; what is still running after `timeout` seconds is ended, and the test fails."""
+    port = str(free_port())
+    started = []
+    for command, environ in zip(commands, environs or [{}] * len(commands), strict=True):
+        words = [word.replace("{port}", port) for word in command]
+        started.append(
+            subprocess.Popen(
+                words,
+                cwd=cwd,
+                env=environment(**environ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # so that its ranks can be ended with it
+            )
+        )
+    return [_ended(process, timeout) for process in started]
+
+
+def _ended(process: subprocess.Popen[str], timeout: float) -> Ended:
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(f"not over after {timeout:g} s: {process.args}\n{stdout}\n{stderr}") from None
+    return Ended(process.returncode, stdout, stderr)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a rank: one thread, no hub, this repository's packages wherever it runs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # each rank would compile Megatron anew
+    return {
+        **kept,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+        **changes,
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
