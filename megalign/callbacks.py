@@ -35,6 +35,7 @@ __all__ = [
     "make_handler",
 ]
 
+
 class CallbackArguments:
     """The `args` that a transformers callback sees: our config's fields over TrainingArguments' defaults."""
 

@@ -103,7 +103,8 @@ def _train(trainer: Any, args: SFTConfig | GRPOConfig) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     import torch.distributed
 
-    if torch.distributed.is_initialized():
+    # vLLM's exit handler (0.32) ends its own groups and then the default one, and fails where that is gone already.
+    if torch.distributed.is_initialized() and "vllm" not in sys.modules:
         torch.distributed.destroy_process_group()
 
 

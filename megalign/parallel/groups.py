@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import os
-import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megalign import device
+from megalign import device, launch
 from megalign.errors import UserError
 from megalign.patches import megatron as megatron_patches
 
@@ -96,16 +94,11 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
 
 def start_distributed(timeout_s: float) -> None:
     """Joins the job that torchrun or Slurm describes in the environment; alone, makes a job of one rank."""
-    device.select_device()
     if dist.is_initialized():
+        device.select_device()
         return
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
+    launch.prepare_environment()
+    device.select_device()
     dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
 
 

@@ -19,12 +19,11 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 # TRL's constructor arguments that every trainer here refuses, with the reason and the nearest way.
 COMMON_REFUSED = {
     "data_collator": "batches are always packed; bring rows into the dataset's form instead",
-    "optimizers": "the optimizer is Megatron's sharded AdamW; set learning_rate, adam_* and lr_scheduler_type instead",
+    "optimizers": "the optimizer is Megatron's sharded AdamW; set learning_rate, adam_* and lr_scheduler_type",
     "quantization_config": "quantized base models are not built; use bf16=True",
     "peft_config": "adapters are not built yet; all weights are trained",
     "compute_metrics": "whole logits never exist here; read the eval_* metrics or use a callback",
-    "preprocess_logits_for_metrics": "whole logits never exist here; read the eval_* metrics or use a callback",
-    "model_init": "give the model as a directory path",
+    "preprocess_logits_for_metrics": "whole logits never exist here; read the eval_* metrics",
 }
 
 
@@ -33,7 +32,8 @@ def refuse_arguments(trainer: type, refused: Mapping[str, str], given: Mapping[s
     known = COMMON_REFUSED | dict(refused)
     for name, value in given.items():
         if name not in known:
-            near = difflib.get_close_matches(name, ["train_dataset", "eval_dataset", "processing_class", *known], n=1)
+            names = ["train_dataset", "eval_dataset", "processing_class", "callbacks", *known]
+            near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{trainer.__name__} has no argument {name}{hint}")
         if value is not None and value != (None, None):
@@ -47,8 +47,8 @@ def model_directory(model: Any, args: Any) -> str:
         raise UserError("model is missing: give a Hugging Face directory as model or model_name_or_path")
     if not isinstance(name, str | Path):
         raise UserError(
-            f"model is a {type(name).__name__}, but each rank reads its own slices from disk; give the path of a "
-            "Hugging Face directory (model.save_pretrained makes one)"
+            f"model is a {type(name).__name__}, but each rank reads its own slices from disk; give the path of "
+            "a Hugging Face directory (model.save_pretrained makes one)"
         )
     name = str(name)
     if Path(name).is_dir():
@@ -66,14 +66,14 @@ def has_tokenizer(model_path: str) -> bool:
 def as_dataset(dataset: Any, name: str) -> Dataset:
     """A datasets.Dataset as it is, or a list of rows as one."""
     if isinstance(dataset, IterableDataset):
-        raise UserError(f"{name} is an IterableDataset, which is not built yet; give a Dataset or a list of rows")
+        raise UserError(f"{name} is an IterableDataset, which is not built yet; give a Dataset or a list")
     if isinstance(dataset, DatasetDict):
-        raise UserError(f"{name} is a DatasetDict with {', '.join(map(str, dataset))}; give one of its splits")
+        raise UserError(f"{name} is a DatasetDict of {', '.join(map(str, dataset))}; give one of its splits")
     if isinstance(dataset, Dataset):
         return dataset
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
         return Dataset.from_list([dict(row) for row in dataset])
-    raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of rows (dicts)")
+    raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of dicts")
 
 
 def describe_rows(rows: Dataset) -> str:
@@ -89,15 +89,16 @@ def check_callbacks(callbacks: Any) -> Sequence[Any] | None:
     for callback in callbacks or []:
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
-            raise UserError(f"callback {kind.__name__} is not a transformers.TrainerCallback; derive it from that class")
+            raise UserError(f"callback {kind.__name__} is not a transformers.TrainerCallback; derive it from one")
     return callbacks
 
 
 def _hub_snapshot(name: str) -> str:
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        return snapshot_download(name, allow_patterns=files)
     except (OSError, ValueError) as error:  # huggingface_hub's own errors derive from these
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -30,7 +30,12 @@ LATEST = "latest"
 
 
 def save_checkpoint(
-    path: Path, engine: TrainEngine, state: TrainerState, loop: Mapping[str, Any], settings: Mapping[str, Any], world: Axis
+    path: Path,
+    engine: TrainEngine,
+    state: TrainerState,
+    loop: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    world: Axis,
 ) -> None:
     """Writes a whole checkpoint; `loop` is this rank's part, `settings` what a resumed run must share."""
     if world.rank == 0 and path.exists():  # left by a run that was killed, or by one that is being repeated
@@ -43,9 +48,7 @@ def save_checkpoint(
         state.save_to_json(str(path / STATE))
     barrier(world)
     if world.rank == 0:
-        files = {
-            str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()
-        }
+        files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
         manifest = {"step": state.global_step, "settings": dict(settings), "files": files}
         unfinished = path / f"{MANIFEST}.tmp"
         unfinished.write_text(json.dumps(manifest, indent=1))
@@ -70,7 +73,9 @@ def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
         return whole[-1] if whole else None
     path = Path(str(resume))
     if not path.is_dir():
-        raise UserError(f"resume_from_checkpoint={resume} is not a directory; give a checkpoint-N directory or {LATEST}")
+        raise UserError(
+            f"resume_from_checkpoint={resume} is not a directory; give a checkpoint-N directory or {LATEST}"
+        )
     if not (path / MANIFEST).exists():
         raise UserError(
             f"{path} has no {MANIFEST}, so it was not written to its end; resume from another checkpoint or {LATEST}"

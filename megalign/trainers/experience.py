@@ -22,7 +22,7 @@ from megalign.train_engine import TrainEngine
 
 @dataclass(frozen=True, kw_only=True)
 class Minibatch:
-    """One optimizer step's part of the experience: this data-parallel rank's microbatches and the global counts."""
+    """One optimizer step's part: this data-parallel rank's microbatches and the global counts."""
 
     batches: list[Batch]
     counts: Counts
@@ -53,7 +53,7 @@ def split_completions(num_completions: int, num_updates: int, *, seed: int, step
 
 
 class ExperienceMaker:
-    """Batches with the columns that the policy loss reads, each from the engine that knows it, one engine awake at a time."""
+    """Batches with the columns that the policy loss reads, each from the engine that knows it."""
 
     def __init__(
         self,
@@ -85,9 +85,9 @@ class ExperienceMaker:
         ]
 
     def counts(self, completions: Sequence[Completion], rows: Sequence[int], *, num_updates: int = 1) -> Counts:
-        """Global counts of the step that learns from `rows`: every rank holds all completions, so none need travel.
+        """Global counts of the step that learns from `rows`; every rank holds all completions, so none travel.
 
-        `generation_tokens` is the step's equal share of the loss tokens of all completions: dapo's denominator.
+        `generation_tokens` is the step's equal share of all completions' loss tokens: dapo's denominator.
         """
         cut = self.args.mask_truncated_completions
         sequences = [completion_sequence(completion, mask_truncated_completions=cut) for completion in completions]
@@ -112,7 +112,7 @@ class ExperienceMaker:
         ]
 
     def add_columns(self, minibatches: list[Minibatch]) -> tuple[list[Minibatch], dict[str, float]]:
-        """Reference, old logprobs and importance weights where the loss needs them, and TRL's sampling/* metrics."""
+        """Reference and old logprobs and importance weights where needed, and TRL's sampling/* metrics."""
         started = time.perf_counter()
         minibatches = self.with_reference(minibatches)
         metrics: dict[str, float] = {}
@@ -125,13 +125,16 @@ class ExperienceMaker:
 
     def with_reference(self, minibatches: list[Minibatch]) -> list[Minibatch]:
         """ref_logprobs, if there is a reference."""
-        return minibatches if self.reference is None else self._logprobs(self.reference, minibatches, "ref_logprobs")
+        if self.reference is None:
+            return minibatches
+        return self._logprobs(self.reference, minibatches, "ref_logprobs")
 
     def _logprobs(self, engine: TrainEngine, minibatches: list[Minibatch], name: str) -> list[Minibatch]:
         with awake(engine):
-            outputs = iter(engine.forward([batch for minibatch in minibatches for batch in minibatch.batches]))
+            outputs = engine.forward([batch for minibatch in minibatches for batch in minibatch.batches])
         # Batches wait on the CPU until their step; the engine takes them to its device.
-        return _map(minibatches, lambda batch: batch.with_token_columns(**{name: next(outputs)["logprobs"].cpu()}))
+        columns = iter([{name: output["logprobs"].cpu()} for output in outputs])
+        return _map(minibatches, lambda batch: batch.with_token_columns(**next(columns)))
 
     def _importance_settings(self) -> dict[str, Any]:
         return {

@@ -13,7 +13,7 @@ from megalign.trainers.online import OnlineTrainer
 
 
 class GRPOTrainer(OnlineTrainer):
-    """TRL's GRPOTrainer: model, reward_funcs, args, train_dataset, eval_dataset, processing_class, callbacks."""
+    """TRL's GRPOTrainer: model, reward_funcs, args, the datasets, processing_class, callbacks."""
 
     config_class = GRPOConfig
     refused_arguments = {

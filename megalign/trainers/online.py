@@ -31,7 +31,13 @@ class OnlineTrainer(Trainer):
     """Samples, scores and learns, round after round; a leaf says what advantage and which loss."""
 
     data_fields = (
-        *DATA_FIELDS, "num_generations", "num_iterations", "steps_per_generation", "generation_batch_size")
+        *DATA_FIELDS,
+        "num_generations",
+        "num_iterations",
+        "steps_per_generation",
+        "generation_batch_size",
+        "max_completion_length",
+    )
     schedule: list[Minibatch]  # optimizer steps of the current round that are still to come
 
     def __init__(self, model: str | None = None, reward_funcs: Any = None, args: Any = None, **given: Any) -> None:
@@ -41,7 +47,9 @@ class OnlineTrainer(Trainer):
         self.updates_per_pass = args.microbatches_per_generation(dp) // args.gradient_accumulation_steps
         self.rewards = self._reward_runner(reward_funcs)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards.names))
-        self.reference = TrainEngine(self.model_path, args, self.groups, trainable=False) if args.beta else None
+        self.reference: TrainEngine | None = None
+        if args.beta:
+            self.reference = TrainEngine(self.model_path, args, self.groups, trainable=False)
         for engine in (self.policy, self.reference):
             if engine is not None:
                 engine.sleep()
@@ -69,7 +77,8 @@ class OnlineTrainer(Trainer):
             if not self.schedule:  # else a checkpoint was taken in the middle of this round
                 self._sync_weights()
                 completions = self._generate(prompts, self.args.num_generations, "train", number)
-                self.schedule = self._learnable(completions, self._score(completions, self.args.num_generations), number)
+                scored = self._score(completions, self.args.num_generations, "train")
+                self.schedule = self._learnable(completions, scored, number)
             with awake(self.policy):
                 while self.schedule:
                     minibatch = self.schedule.pop(0)
@@ -98,12 +107,10 @@ class OnlineTrainer(Trainer):
             completion.row = {name: value for name, value in row.items() if name != "prompt_ids"}
         return completions
 
-    def _score(self, completions: list[Completion], num_generations: int, stream: str = "train") -> RewardResult:
+    def _score(self, completions: list[Completion], num_generations: int, stream: str) -> RewardResult:
         prompts, texts = [completion.row["prompt"] for completion in completions], self._texts(completions)
         with self._timed("reward_s", stream):
-            scored = self.rewards(
-                completions, prompts, texts, group_size=num_generations, trainer_state=self.state
-            )
+            scored = self.rewards(completions, prompts, texts, group_size=num_generations, trainer_state=self.state)
         self._table = {"prompt": prompts, "completion": texts}
         return scored
 
@@ -115,14 +122,18 @@ class OnlineTrainer(Trainer):
             completions, advantages, step=number, num_updates=self.updates_per_pass
         )
         minibatches, metrics = self.experience.add_columns(minibatches)
-        self.window.add(metrics)
+        self.run.window.add(metrics)
         return minibatches * self.args.num_iterations
 
     def _note_round(
-        self, completions: list[Completion], scored: RewardResult, advantages: Tensor, metrics: dict[str, float]
+        self,
+        completions: list[Completion],
+        scored: RewardResult,
+        advantages: Tensor,
+        metrics: dict[str, float],
     ) -> None:
-        self.window.add({**completion_metrics(completions), **metrics, **scored.metrics})
-        self.note_tokens(
+        self.run.window.add({**completion_metrics(completions), **metrics, **scored.metrics})
+        self.run.count_tokens(
             sum(len(completion.prompt_ids) + len(completion.completion_ids) for completion in completions)
         )
         columns = dict(zip(self.rewards.names, scored.rewards.T.tolist(), strict=True))
@@ -159,7 +170,7 @@ class OnlineTrainer(Trainer):
 
     @property
     def rounds_per_epoch(self) -> int:
-        """Generations in an epoch; prompts that do not fill a round wait for the next epoch's order, as in TRL."""
+        """Generations in an epoch; prompts that do not fill a round wait for the next epoch, as in TRL."""
         return len(self.train_rows) // (self.round_size // self.args.num_generations)
 
     def micro_steps_per_epoch(self) -> int:
@@ -168,8 +179,8 @@ class OnlineTrainer(Trainer):
         if self.rounds_per_epoch == 0:
             raise UserError(
                 f"train_dataset has {len(self.train_rows)} prompts but a round of sampling takes {prompts} "
-                f"({self.round_size} completions in groups of {self.args.num_generations}); add rows, or lower "
-                "per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps"
+                f"({self.round_size} completions in groups of {self.args.num_generations}); add rows, or "
+                "lower per_device_train_batch_size, steps_per_generation or gradient_accumulation_steps"
             )
         return self.rounds_per_epoch * self.updates_per_round * self.args.gradient_accumulation_steps
 
@@ -179,7 +190,7 @@ class OnlineTrainer(Trainer):
         return prepare_prompts(dataset, self.processing_class, self.args, max_positions=positions)
 
     def needs_old_logprobs(self) -> bool:
-        """TRL's rule: for the sampler's correction, and whenever a step's policy is not the one that sampled."""
+        """TRL's rule: for the sampler's correction, and when a step's policy is not the one that sampled."""
         return self.args.vllm_importance_sampling_correction or self.updates_per_round > 1
 
     def loop_state(self) -> dict[str, Any]:
@@ -190,7 +201,7 @@ class OnlineTrainer(Trainer):
         """Goes on in the middle of a round."""
         self.schedule = [Minibatch.from_state(minibatch) for minibatch in state["schedule"]]
 
-    def on_logged(self) -> None:
+    def after_log(self) -> None:
         """The latest round as a table, where asked for."""
         if not (self.args.log_completions and self.state.is_world_process_zero and self._table):
             return
@@ -221,7 +232,7 @@ class OnlineTrainer(Trainer):
         weights = self.args.reward_weights
         if weights is not None and len(weights) != len(functions):
             raise UserError(
-                f"reward_weights has {len(weights)} values for {len(functions)} reward functions; give one for each"
+                f"reward_weights has {len(weights)} values for {len(functions)} reward functions; give one each"
             )
         return RewardRunner(functions, self.groups, timeout=self.args.reward_timeout)
 
@@ -235,13 +246,13 @@ class OnlineTrainer(Trainer):
         started = time.perf_counter()
         yield
         if stream == "train":
-            self.window.add({f"perf/{name}": time.perf_counter() - started})
+            self.run.window.add({f"perf/{name}": time.perf_counter() - started})
 
 
 def generation_params(args: Any, tokenizer: Any) -> GenerationParams:
     """How completions are sampled, from the config and the tokenizer's end token."""
     if tokenizer is None:
-        raise UserError("the model directory has no tokenizer; add its tokenizer files or pass processing_class")
+        raise UserError("the model directory has no tokenizer; add its files or pass processing_class")
     return GenerationParams(
         max_tokens=args.max_completion_length,
         temperature=args.temperature,

@@ -14,7 +14,7 @@ from datasets import Dataset
 
 
 class MetricsWindow:
-    """Values noted since the last log line. `mean` entries are averaged, `latest` ones keep the last value."""
+    """Values noted since the last log line: the mean of some, the latest of others."""
 
     def __init__(self) -> None:
         self.means: dict[str, list[float]] = {}
@@ -77,7 +77,7 @@ class MetricsFile:
 
 
 def write_completions(output_dir: str, step: int, table: Mapping[str, list[Any]]) -> Path:
-    """The columns prompt, completion, rewards, extras, advantage as completions/completions_{step:05d}.parquet."""
+    """prompt, completion, rewards, extras and advantage as completions/completions_{step:05d}.parquet."""
     path = Path(output_dir) / "completions" / f"completions_{step:05d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = len(next(iter(table.values())))

@@ -18,7 +18,7 @@ from megalign.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The steps of a run. A micro step is one `per_device_train_batch_size` batch on every data-parallel rank."""
+    """The steps of a run. A micro step is a `per_device_train_batch_size` batch on each data-parallel rank."""
 
     micro_steps_per_epoch: int
     accumulation: int
@@ -45,7 +45,7 @@ def plan_steps(args: Any, micro_steps_per_epoch: int) -> StepPlan:
     max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     if max_steps <= 0:
         raise UserError(
-            f"max_steps={args.max_steps} and num_train_epochs={args.num_train_epochs} leave nothing to train; "
+            f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs} leave nothing to train; "
             "set one of them above 0"
         )
     return StepPlan(
@@ -71,8 +71,8 @@ class LearningRate:
             )
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"lr_scheduler_type={args.lr_scheduler_type!r} with lr_scheduler_kwargs={args.lr_scheduler_kwargs}: "
-                f"{error}"
+                f"lr_scheduler_type={args.lr_scheduler_type!r} does not take lr_scheduler_kwargs="
+                f"{args.lr_scheduler_kwargs}: {error}"
             ) from error
         if not isinstance(scheduler, LambdaLR):
             raise UserError(

@@ -27,7 +27,7 @@ class SFTTrainer(Trainer):
     config_class = SFTConfig
     data_fields = (*DATA_FIELDS, "max_length", "packing", "packing_strategy")
     refused_arguments = {
-        "compute_loss_func": "the loss runs inside the pipeline schedule; loss_type chooses between nll and dft",
+        "compute_loss_func": "the loss runs inside the pipeline schedule; loss_type chooses nll or dft",
         "formatting_func": "bring rows into the dataset's form before training: dataset.map(formatting_func)",
         "optimizer_cls_and_kwargs": "the optimizer is Megatron's sharded AdamW; set learning_rate and adam_*",
     }
@@ -60,7 +60,7 @@ class SFTTrainer(Trainer):
         sampler.load_state_dict({"epoch": epoch, "position": first})
         for _ in range(first, sampler.batches_per_epoch):
             rows = next(sampler)
-            self.note_tokens(sum(len(ids) for ids in self.train_rows[rows]["input_ids"]))
+            self.run.count_tokens(sum(len(ids) for ids in self.train_rows[rows]["input_ids"]))
             yield self.update(self._batches(self.train_rows, rows, args.per_device_train_batch_size))
 
     def loss(self, *inputs: Any) -> Any:

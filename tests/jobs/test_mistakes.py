@@ -38,7 +38,7 @@ def too_few(completions, **kwargs):
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("somewhere")
     save_model(path / "model")
-    save_model(path / "odd", num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=3)
+    save_model(path / "odd", hidden_size=36, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=3)
     shutil.copytree(path / "model", path / "torn")
     weights = load_file(path / "torn" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

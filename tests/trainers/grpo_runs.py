@@ -55,7 +55,9 @@ class RandomRollout:
         self.versions.append(policy_version)
         first = len(prompts) * self._replica // self.num_replicas
         last = len(prompts) * (self._replica + 1) // self.num_replicas
-        return [_completion(index, prompts[index], params, seeds[index], policy_version) for index in range(first, last)]
+        return [
+            _completion(index, prompts[index], params, seeds[index], policy_version) for index in range(first, last)
+        ]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Consumes the stream."""

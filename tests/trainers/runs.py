@@ -38,9 +38,7 @@ def train_sft(
     stop = given.pop("stop", None)
     recorder = Recorder()
     callbacks = [recorder] if stop is None else [recorder, stop]
-    trainer = SFTTrainer(
-        path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, callbacks=callbacks, **given
-    )
+    trainer = SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, callbacks=callbacks, **given)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         output = trainer.train(resume_from_checkpoint=resume)

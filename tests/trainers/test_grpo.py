@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from megalign.errors import UserError
 from tests.ranks import run_ranks
 from tests.trainers.grpo_runs import (
     prompt_rows,
@@ -28,9 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _without_times(line: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value for name, value in line.items() if not name.endswith("time") and not name.startswith("perf/")
-    }
+    timed = ("time", "per_second")
+    return {name: value for name, value in line.items() if not name.endswith(timed) and "perf/" not in name}
 
 
 def test_the_loop_syncs_samples_and_learns_in_this_order(model: str, tmp_path: Path) -> None:
@@ -73,7 +74,47 @@ def test_each_engine_is_awake_only_for_its_own_pass(model: str, tmp_path: Path) 
     ]
 
 
-NAMES = ["loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "entropy", "kl", "reward", "reward_std", "frac_reward_zero_std", "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio", "completions/mean_terminated_length", "completions/min_terminated_length", "completions/max_terminated_length", "rewards/closeness/mean", "rewards/closeness/std", "rewards/brevity/mean", "rewards/brevity/std", "mean_words", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max", "sampling/importance_sampling_ratio/min", "sampling/importance_sampling_ratio/mean", "sampling/importance_sampling_ratio/max", "perf/generation_s", "perf/weight_sync_s", "perf/reward_s", "perf/logprob_s", "perf/update_s", "step"]
+NAMES = [
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "num_tokens",
+    "step_time",
+    "entropy",
+    "kl",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "completions/mean_terminated_length",
+    "completions/min_terminated_length",
+    "completions/max_terminated_length",
+    "rewards/closeness/mean",
+    "rewards/closeness/std",
+    "rewards/brevity/mean",
+    "rewards/brevity/std",
+    "mean_words",
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_mean",
+    "clip_ratio/high_max",
+    "clip_ratio/region_mean",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max",
+    "perf/generation_s",
+    "perf/weight_sync_s",
+    "perf/reward_s",
+    "perf/logprob_s",
+    "perf/update_s",
+    "step",
+]
 
 
 def test_metrics_have_trls_names_and_the_tables_numbers(model: str, tmp_path: Path) -> None:
@@ -196,3 +237,28 @@ def test_with_vllm_a_run_learns_from_its_own_policy_and_resumes_bitwise(model: s
     assert result["digest"] == expected["digest"]
     resumed = [_without_times(line) for line in metric_lines(parts)]
     assert resumed == [_without_times(line) for line in lines if line["step"] > 2]
+
+
+def _error_of(path: str, fields: dict[str, Any], given: dict[str, Any]) -> str:
+    try:
+        train_grpo(path, ROWS, fields, given)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "message"),
+    [
+        ({"per_device_train_batch_size": 64}, {}, "train_dataset has 8 prompts but a round of sampling takes 16"),
+        ({"reward_weights": [1.0]}, {}, "reward_weights has 1 values for 2 reward functions"),
+        ({}, {"reward_funcs": []}, "no reward function"),
+        ({"num_generations": 3}, {}, "must be a multiple of num_generations 3"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    model: str, tmp_path: Path, fields: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    (error,) = run_ranks(1, _error_of, model, {"output_dir": str(tmp_path), **fields}, given)
+    assert re.search(message, error), error
+    assert "\n" not in error

@@ -142,9 +142,7 @@ def _resume_error(path: str, fields: dict[str, Any]) -> str:
         ({"tensor_model_parallel_size": 2}, "world_size is 2 but .* was made with 1"),
     ],
 )
-def test_another_layout_or_other_data_is_named(
-    model: str, made: Path, changed: dict[str, Any], message: str
-) -> None:
+def test_another_layout_or_other_data_is_named(model: str, made: Path, changed: dict[str, Any], message: str) -> None:
     world = changed.get("tensor_model_parallel_size", 1)
     error = run_ranks(world, _resume_error, model, _fields(made, **changed))[0]
     assert re.search(message, error), error

@@ -48,9 +48,7 @@ class _Recorder(TrainerCallback):
 
 
 def _transformers_run(tmp_path, rows: int, **fields) -> tuple[HfTrainer, list[float]]:  # noqa: ANN001, ANN003
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     recorder = _Recorder()
     args = TrainingArguments(
         output_dir=str(tmp_path), report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, **fields
@@ -91,7 +89,12 @@ def test_a_run_of_transformers_logs_the_same_rates(tmp_path) -> None:  # noqa: A
     [(8, 2, 1, 2.0, -1), (7, 2, 1, 1.5, -1), (7, 2, 3, 2.0, -1), (7, 2, 3, 3.0, 4), (3, 4, 2, 2.0, -1)],
 )
 def test_steps_and_epochs_are_those_of_transformers(
-    tmp_path, rows: int, batch: int, accumulation: int, epochs: float, max_steps: int  # noqa: ANN001
+    tmp_path,
+    rows: int,
+    batch: int,
+    accumulation: int,
+    epochs: float,
+    max_steps: int,  # noqa: ANN001
 ) -> None:
     fields = dict(
         per_device_train_batch_size=batch,

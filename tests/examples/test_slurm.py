@@ -1,0 +1,104 @@
+"""The sbatch scripts, run to the end with stand-ins for srun and scontrol and the sizes of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.jobs.inputs import save_model, sums, write_rows
+from tests.jobs.start import ROOT, Ended, free_port, run
+
+SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"))
+
+# srun: the command once a node, side by side; it fails when one of them does.
+SRUN = r"""#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+jobs=()
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+    SLURM_PROCID=$node SLURM_NODEID=$node "$@" & jobs+=($!)
+done
+status=0
+for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+exit $status
+"""
+SCONTROL = r"""#!/usr/bin/env bash
+[[ "$*" == "show hostnames node[01-02]" ]] || { echo "scontrol $*" >&2; exit 1; }
+printf '127.0.0.1\nelsewhere\n'
+"""
+
+
+def start(script: str, tmp_path: Path, *, nodes: int, ranks_per_node: int, fields: dict[str, Any]) -> Ended:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    return run(
+        ["bash", str(ROOT / "examples/slurm" / script), *words],
+        tmp_path,
+        timeout=200,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_JOB_ID=str(free_port() - 20000),  # the script makes a port of it
+        SLURM_JOB_NODELIST="node[01-02]",
+        SLURM_JOB_NUM_NODES=str(nodes),
+        SLURM_GPUS_ON_NODE=str(ranks_per_node),
+    )
+
+
+def lines(output_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_8b_sft_runs_on_one_node(tmp_path: Path) -> None:
+    fields = {
+        "model_name_or_path": save_model(tmp_path / "model"),
+        "dataset_name": write_rows(tmp_path / "rows.jsonl", sums(16)),
+        "output_dir": tmp_path / "out",
+        "tensor_model_parallel_size": 2,
+        "bf16": False,
+        "max_length": 32,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+    }
+    start("sft_8b.sbatch", tmp_path, nodes=1, ranks_per_node=2, fields=fields).succeeded()
+    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_70b_grpo_runs_over_two_nodes(tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "solution": rf"$\boxed{{{row['answer']}}}$"} for row in sums(8)]
+    fields = {
+        "model_name_or_path": save_model(tmp_path / "model", head_dim=32),
+        "dataset_name": write_rows(tmp_path / "rows.jsonl", rows),
+        "output_dir": tmp_path / "out",
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "vllm_tensor_parallel_size": 2,
+        "vllm_cpu_kv_cache_gib": 0.1,
+        "bf16": False,
+        "vllm_max_model_length": 64,
+        "max_completion_length": 8,
+        "num_generations": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+    }
+    start("grpo_70b.sbatch", tmp_path, nodes=2, ranks_per_node=2, fields=fields).succeeded()
+    steps = lines(tmp_path / "out")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all("rewards/accuracy_reward/mean" in line for line in steps)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_outside_of_slurm_says_how_to_start_it(script: str, tmp_path: Path) -> None:
+    ended = run(["bash", str(ROOT / "examples/slurm" / script)], tmp_path)
+    assert ended.status != 0
+    assert "start it with sbatch" in ended.stderr

