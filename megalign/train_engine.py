@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megalign import device
 from megalign.batch import Batch, Counts, Metric, Slice
 from megalign.conversion import hf_files
-from megalign.conversion.architecture import Architecture
+from megalign.conversion.families import architecture_of
 from megalign.errors import UserError
 from megalign.model import checkpoint, optimizer
 from megalign.model.attention import PackedSequences
@@ -46,7 +46,7 @@ class TrainEngine:
 
     def __init__(self, model_path: str, args: LoopConfig, groups: ParallelGroups, *, trainable: bool = True) -> None:
         self.hf_path, self.groups = model_path, groups
-        self.architecture = Architecture.from_hf(hf_files.read_config(model_path))
+        self.architecture = architecture_of(hf_files.read_config(model_path))
         seed_parallel_rng(args.seed)
         self._models = build_model(self.architecture, args, groups)
         load.load_hf(model_path, self._models, groups, self.architecture)

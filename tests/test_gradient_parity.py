@@ -27,8 +27,13 @@ from tests.tiny import load_reference, save_tiny_model
 ROWS = [(3, 6), (5, 2), (2, 15), (4, 1), (6, 0), (3, 0), (2, 9), (7, 4)]
 MICROBATCHES = [[0, 1], [2, 3], [4, 5], [6, 7]]
 GRPO_OPTIONS = dict(
-    beta=0.1, epsilon=0.2, epsilon_high=0.28, loss_type="dapo", importance_sampling_level="token", max_completion_length=16
-)  # fmt: skip
+    beta=0.1,
+    epsilon=0.2,
+    epsilon_high=0.28,
+    loss_type="dapo",
+    importance_sampling_level="token",
+    max_completion_length=16,
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "dapo": GRPO_OPTIONS,
     "gspo": GRPO_OPTIONS | dict(loss_type="grpo", importance_sampling_level="sequence"),

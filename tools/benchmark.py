@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -93,7 +94,7 @@ class StepOnCall(TrainerCallback):
 
 
 def word_problem(rng: random.Random, num_days: int) -> dict[str, str]:
-    """A sum over some days in words, and its solution line by line; eleven days are about 225 tokens."""
+    """A sum over some days in words, and its solution line by line; 30 tokens a day, or so."""
     name, thing = rng.choice(("Ada", "Ben", "Cleo", "Dan")), rng.choice(("apples", "books", "coins", "stamps"))
     total = rng.randint(2, 20)
     story, solution = [f"{name} has {total} {thing}."], []
@@ -107,9 +108,9 @@ def word_problem(rng: random.Random, num_days: int) -> dict[str, str]:
 
 
 def make_rows(job: str, count: int) -> list[dict[str, str]]:
-    """The rows when no file is given, the same in every run: SFT's of 5 to 17 days, GRPO's of one."""
+    """The rows when no file is given, the same in every run: SFT's of 4 to 11 days, GRPO's of one."""
     rng = random.Random(0)
-    return [word_problem(rng, rng.randint(5, 17) if job == "sft" else 1) for _ in range(count)]
+    return [word_problem(rng, rng.randint(4, 11) if job == "sft" else 1) for _ in range(count)]
 
 
 def read_rows(path: Path, job: str, count: int) -> list[dict[str, Any]]:
@@ -121,6 +122,8 @@ def read_rows(path: Path, job: str, count: int) -> list[dict[str, Any]]:
     named = [{TRAINER_COLUMNS.get(name, name): value for name, value in row.items()} for row in found]
     if job == "grpo" and "prompt" not in named[0]:
         sys.exit(f"megalign: error: {path} has the columns {', '.join(found[0])}, and grpo needs prompt or question")
+    if job == "grpo":
+        named = [{"prompt": row["prompt"]} for row in named]
     return [named[index % len(named)] for index in range(count)]
 
 
@@ -162,40 +165,48 @@ def trl_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {**given, "use_vllm": device.on_cuda(), "vllm_mode": "colocate"}
 
 
-def make_trainer(engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection) -> Any:
-    """The engine's own trainer, ready for its first step."""
+def make_trainer(
+    engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection, scratch: str
+) -> Any:
+    """The engine's own trainer, ready for its first step; whatever it writes goes below `scratch`."""
     from datasets import Dataset
 
     if engine == "megalign":
         from megalign import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
     else:
         from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-    with tempfile.TemporaryDirectory() as output_dir:
-        arguments = shared_arguments(options, output_dir)
-        arguments |= trl_arguments(options) if engine == "trl" else {}
-        given = {"model": str(options.model), "train_dataset": Dataset.from_list(rows), "callbacks": [StepOnCall(pipe)]}
-        if options.job == "sft":
-            return SFTTrainer(args=SFTConfig(**arguments), **given)
-        return GRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=digit_share, **given)
+    arguments = shared_arguments(options, f"{scratch}/{engine}")
+    arguments |= trl_arguments(options) if engine == "trl" else {}
+    given = {"model": str(options.model), "train_dataset": Dataset.from_list(rows), "callbacks": [StepOnCall(pipe)]}
+    if options.job == "sft":
+        return SFTTrainer(args=SFTConfig(**arguments), **given)
+    return GRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=digit_share, **given)
 
 
-def work(engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection, log: str) -> None:
-    """An engine's process: its output goes to the file `log`, which is shown when it fails."""
-    with open(log, "wb") as file:
+def work(
+    engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection, scratch: str
+) -> None:
+    """An engine's process; its output goes to a file, which is shown when it fails."""
+    with open(log_file(engine, scratch), "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(options.threads)
-    make_trainer(engine, options, rows, pipe).train()
+    make_trainer(engine, options, rows, pipe, scratch).train()
+
+
+def log_file(engine: str, scratch: str) -> Path:
+    """Where an engine's process writes what it prints."""
+    return Path(scratch) / f"{engine}.log"
 
 
 class Engine:
     """An engine's process as the parent sees it."""
 
-    def __init__(self, name: str, options: argparse.Namespace, rows: list[dict[str, Any]], logs: str) -> None:
-        self.name, self._log = name, f"{logs}/{name}.log"
+    def __init__(self, name: str, options: argparse.Namespace, rows: list[dict[str, Any]], scratch: str) -> None:
+        self.name, self._log = name, log_file(name, scratch)
         context = multiprocessing.get_context("spawn")
         self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=work, args=(name, options, rows, far_end, self._log))
+        self._process = context.Process(target=work, args=(name, options, rows, far_end, scratch))
         self._process.start()
         far_end.close()  # so that its death is seen as the end of the pipe
 
@@ -205,7 +216,7 @@ class Engine:
             self._pipe.send(True)
             return self._pipe.recv()
         except (EOFError, OSError):
-            last_lines = Path(self._log).read_text(errors="replace").splitlines()[-20:]
+            last_lines = self._log.read_text(errors="replace").splitlines()[-20:]
             print(*last_lines, sep="\n", file=sys.stderr)
             sys.exit(f"megalign: error: {self.name} ended before its step; its last lines are above")
 
@@ -245,13 +256,15 @@ def machine_limits(dtype: torch.dtype) -> Limits:
     )
 
 
-def measure(options: argparse.Namespace, rows: list[dict[str, Any]], console: Console) -> tuple[Any, ...]:
+def measure(
+    options: argparse.Namespace, rows: list[dict[str, Any]], console: Console
+) -> tuple[list[Pair], list[Limits], dict[str, int]]:
     """(a Pair and the Limits of each repetition, peak RSS by engine)."""
-    with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         engines = []
         for name in ENGINES:
             console.print(f"[dim]{name}: starting, warm-up step")
-            engines.append(Engine(name, options, rows, logs))
+            engines.append(Engine(name, options, rows, scratch))
             stack.callback(engines[-1].stop)
             engines[-1].step()
         pairs, limits = [], []

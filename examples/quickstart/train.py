@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import matplotlib
 from datasets import Dataset
 
@@ -31,10 +32,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--output", type=Path, required=True, help="gets model/, reward.png and result.json")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--learning-rate", type=float, default=3e-5)
-    parser.add_argument("--completions", type=int, default=64, help="a step, in groups of 8")
+    parser.add_argument("--completions", type=int, default=32, help="a step, in groups of 8")
     parser.add_argument("--microbatch", type=int, default=8)
     parser.add_argument("--fp32", action="store_true")
     return parser.parse_args()
@@ -58,6 +59,7 @@ def main() -> None:
     """Train, evaluate before and after, leave the results in --output."""
     options = arguments()
     started = time.time()
+    datasets.disable_progress_bars()  # a few rows; the training has a bar of its own
     train_rows, held_out = split()
     args = GRPOConfig(
         output_dir=str(options.output / "model"),
@@ -68,7 +70,7 @@ def main() -> None:
         gradient_accumulation_steps=options.completions // options.microbatch,
         per_device_eval_batch_size=16,
         num_generations=8,
-        num_generations_eval=16,
+        num_generations_eval=8,
         max_completion_length=12,
         vllm_max_model_length=64,
         learning_rate=options.learning_rate,

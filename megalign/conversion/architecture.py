@@ -47,11 +47,3 @@ class Architecture:
     def padded_vocab_size(self, tp_size: int) -> int:
         """The vocabulary rounded up to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tp_size) * tp_size
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Architecture:
-        """Reads the content of a config.json; what megalign does not compute is refused by name."""
-        # The families build Architectures, so they import this module.
-        from megalign.conversion.families import family_of
-
-        return family_of(config).read_config(config)

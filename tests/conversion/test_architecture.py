@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalign.conversion.architecture import Architecture
+from megalign.conversion.families import architecture_of
 from megalign.errors import UserError
 from tests.tiny import CONFIGS, LLAMA3_ROPE
 
@@ -17,7 +17,7 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_family_states_its_difference() -> None:
-    read = {family: Architecture.from_hf(config_of(family)) for family in CONFIGS}
+    read = {family: architecture_of(config_of(family)) for family in CONFIGS}
     assert [(a.family, a.qkv_bias, a.qk_norm) for a in read.values()] == [
         ("llama", False, False),
         ("qwen2", True, False),
@@ -30,11 +30,11 @@ def test_a_family_states_its_difference() -> None:
 def test_rope_of_transformers_5_and_of_older_configs_are_one() -> None:
     new = config_of("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     old = {key: value for key, value in new.items() if key != "rope_parameters"} | {"rope_theta": 5e5}
-    assert Architecture.from_hf(new) == Architecture.from_hf(old)
-    assert Architecture.from_hf(old).rotary_base == 5e5
+    assert architecture_of(new) == architecture_of(old)
+    assert architecture_of(old).rotary_base == 5e5
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
-    assert Architecture.from_hf({**old, "rope_scaling": scaling}).rope_scaling == scaling
-    linear = Architecture.from_hf({**old, "rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert architecture_of({**old, "rope_scaling": scaling}).rope_scaling == scaling
+    linear = architecture_of({**old, "rope_scaling": {"type": "linear", "factor": 4.0}})
     assert linear.rope_scaling == {"rope_type": "linear", "factor": 4.0} and linear.rotary_base == 5e5
 
 
@@ -42,12 +42,12 @@ def test_absent_optional_keys_mean_what_transformers_means() -> None:
     config = config_of("llama")
     for key in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_parameters", "architectures"):
         del config[key]
-    read = Architecture.from_hf(config)
+    read = architecture_of(config)
     assert (read.head_dim, read.num_query_groups, read.tied_embeddings) == (8, 4, False)
     assert (read.rotary_base, read.rope_scaling) == (10000.0, None)
     qwen3 = config_of("qwen3")
     del qwen3["head_dim"]
-    assert Architecture.from_hf(qwen3).head_dim == 128
+    assert architecture_of(qwen3).head_dim == 128
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_absent_optional_keys_mean_what_transformers_means() -> None:
 )
 def test_what_is_not_computed_is_refused_by_name(family: str, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        Architecture.from_hf(config_of(family, **changes))
+        architecture_of(config_of(family, **changes))
 
 
 def test_inactive_sliding_window_settings_pass() -> None:
     config = config_of("qwen2", layer_types=None, use_sliding_window=False, sliding_window=4096)
-    assert Architecture.from_hf(config).qkv_bias
+    assert architecture_of(config).qkv_bias
 
 
 def test_vocabulary_is_padded_to_a_multiple_of_tp() -> None:
-    read = Architecture.from_hf(config_of("llama"))
+    read = architecture_of(config_of("llama"))
     assert [read.padded_vocab_size(tp) for tp in (1, 2, 4)] == [101, 102, 104]

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import rules_of
+from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_files import HfReader, HfWriter, parse_size, read_config
 from megalign.conversion.rules import hf_shapes
 from megalign.errors import UserError
@@ -27,7 +26,7 @@ def model_dir(tmp_path: Path) -> Path:
 
 def check(path: Path) -> None:
     """What loading checks before it reads."""
-    architecture = Architecture.from_hf(read_config(path))
+    architecture = architecture_of(read_config(path))
     HfReader(path).check(hf_shapes(rules_of(architecture), architecture), ignored={"lm_head.weight"})
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import rules_of
+from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.rules import QKV, Rule, Vocab, expand, hf_shapes, layer_name, pieces, shard_shape
 from tests.tiny import CONFIGS
 
@@ -27,7 +27,7 @@ def model_and_architecture(family: str, **changes: object) -> tuple[dict[str, Te
     state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return state, Architecture.from_hf({**config.to_dict(), "architectures": [type(model).__name__]})
+    return state, architecture_of({**config.to_dict(), "architectures": [type(model).__name__]})
 
 
 def load_shard(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import rules_of
+from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_files import read_config
 from megalign.conversion.rules import expand, layer_name, shard_shape
 from megalign.resharding.export import gathered
@@ -72,7 +72,7 @@ ARRANGEMENTS = {
 
 def round_trip(path: str, arrangement: str, layout: Layout) -> None:
     groups = groups_of(layout)
-    architecture = Architecture.from_hf(read_config(path))
+    architecture = architecture_of(read_config(path))
     parts = ARRANGEMENTS[arrangement][groups.pp.rank]
     chunks = [Chunk(architecture, layers, outer, layout.tp) for layers, outer in parts]
     load_hf(path, chunks, groups, architecture)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megalign.conversion.architecture import Architecture
+from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.errors import UserError
 from megalign.model.build import HiddenStatesModel, build_model
@@ -45,7 +46,7 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
 
 def build(path: str, layout: Layout, **fields: object) -> tuple[list[HiddenStatesModel], Architecture]:
     """A model of the layout, every parameter NaN before it is loaded."""
-    architecture = Architecture.from_hf(read_config(path))
+    architecture = architecture_of(read_config(path))
     chunks = build_model(architecture, arguments(layout, **fields), groups_of(layout))
     for chunk in chunks:
         for parameter in chunk.parameters():

@@ -31,6 +31,11 @@ def family_of(config: Mapping[str, Any]) -> ModuleType:
     return table[name]
 
 
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Reads the content of a config.json; what megalign does not compute is refused by name."""
+    return family_of(config).read_config(config)
+
+
 def rules_of(architecture: Architecture) -> list[Rule]:
     """The weight rules of an architecture."""
     return FAMILIES[architecture.family].rules(architecture)
