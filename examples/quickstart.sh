@@ -15,6 +15,7 @@ export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=4294967296
 unset PYTHONDONTWRITEBYTECODE
 
 mkdir -p quickstart
+rm -f quickstart/result.json
 [[ -f quickstart/smollm2/config.json ]] || .venv/bin/python tools/gguf_to_hf.py --output quickstart/smollm2
 .venv/bin/torchrun --nproc_per_node 2 examples/quickstart/train.py \
     --model quickstart/smollm2 --output quickstart "$@"

@@ -157,8 +157,9 @@ def shared_arguments(options: argparse.Namespace, output_dir: str) -> dict[str, 
 
 def trl_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """What TRL must be told to do the same work in the same order."""
-    # Without a dtype of its own TRL keeps fp32 weights and casts them in every step.
-    given: dict[str, Any] = {"model_init_kwargs": {"dtype": options.dtype}}
+    # Without a dtype of its own TRL keeps fp32 weights and casts them in every step. Without use_cpu transformers
+    # refuses bf16 where there is no GPU.
+    given: dict[str, Any] = {"model_init_kwargs": {"dtype": options.dtype}, "use_cpu": not device.on_cuda()}
     if options.job == "sft":
         return {**given, "train_sampling_strategy": "sequential"}
     # Its colocated vLLM needs a GPU; on a CPU transformers generates.
@@ -183,9 +184,7 @@ def make_trainer(
     return GRPOTrainer(args=GRPOConfig(**arguments), reward_funcs=digit_share, **given)
 
 
-def work(
-    engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection, scratch: str
-) -> None:
+def work(engine: str, options: argparse.Namespace, rows: list[dict[str, Any]], pipe: Connection, scratch: str) -> None:
     """An engine's process; its output goes to a file, which is shown when it fails."""
     with open(log_file(engine, scratch), "wb") as file:
         os.dup2(file.fileno(), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,27 +60,44 @@ class ParallelGroups:
         return self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)
 
 
-def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGroups:
-    """Starts torch.distributed if nobody has, then Megatron's groups for the layout in `args`."""
-    from megatron.core import parallel_state as mpu
+_Layout = tuple[int, int, int]  # tp, pp, cp
+_made: tuple[_Layout, ParallelGroups, list[Any]] | None = None  # and the process groups behind them
 
+
+def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGroups:
+    """Starts torch.distributed if nobody has, then Megatron's groups for the layout in `args`.
+
+    The same layout again gives the same groups: each set costs dozens of connections and threads.
+    """
+    global _made
     megatron_patches.install()
     start_distributed(timeout_s)
-    world = dist.get_world_size()
-    model = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+    layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    if _made is not None and _made[0] == layout:
+        return _made[1]
+    world, model = dist.get_world_size(), math.prod(layout)
     if world % model:
         raise UserError(
             f"world size {world} is not divisible by tensor x pipeline x context parallel size "
-            f"{args.tensor_model_parallel_size} x {args.pipeline_model_parallel_size} x "
-            f"{args.context_parallel_size} = {model}; start a multiple of {model} ranks"
+            f"{layout[0]} x {layout[1]} x {layout[2]} = {model}; start a multiple of {model} ranks"
         )
-    if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
+    if _made is not None:
+        _destroy(_made[2])
+        _made = None
+    before = set(_process_groups())
+    groups = _make(layout, timeout_s)
+    _made = (layout, groups, [group for group in _process_groups() if group not in before])
+    return groups
+
+
+def _make(layout: _Layout, timeout_s: float) -> ParallelGroups:
+    from megatron.core import parallel_state as mpu
+
     with megatron_patches.megatron_calls():
         mpu.initialize_model_parallel(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size,
+            tensor_model_parallel_size=layout[0],
+            pipeline_model_parallel_size=layout[1],
+            context_parallel_size=layout[2],
             distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         )
     return ParallelGroups(
@@ -90,6 +108,22 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
         dp=_axis(mpu.get_data_parallel_group()),
         mp=_axis(mpu.get_model_parallel_group()),
     )
+
+
+def _process_groups() -> list[Any]:
+    # torch has no public list of groups, and Megatron keeps its own in some forty module globals.
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def _destroy(made: list[Any]) -> None:
+    """Megatron forgets most of its groups without ending them; their sockets and threads would stay."""
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+    alive = _process_groups()
+    for group in made:
+        if group in alive:
+            dist.destroy_process_group(group)
 
 
 def start_distributed(timeout_s: float) -> None:

@@ -58,6 +58,14 @@ def model_directory(model: Any, args: Any) -> str:
     return _hub_snapshot(name)
 
 
+def make_output_dir(path: str) -> None:
+    """Makes output_dir before anything long has run."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir={path!r} cannot be made ({error.strerror}); choose another directory") from error
+
+
 def has_tokenizer(model_path: str) -> bool:
     """Whether the directory holds a tokenizer; rows that are token ids already need none."""
     return any((Path(model_path) / file).exists() for file in _TOKENIZER_FILES)

@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
+from megalign import launch
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.data.chat import load_tokenizer
@@ -63,6 +64,7 @@ class Trainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **refused: Any,
     ) -> None:
+        launch.report_uncaught()
         arguments.refuse_arguments(type(self), self.refused_arguments, refused)
         self.model_path = arguments.model_directory(model, args)
         if args is None:
@@ -75,6 +77,7 @@ class Trainer:
                 f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; give one, or eval_strategy=no"
             )
         callbacks = arguments.check_callbacks(callbacks)
+        arguments.make_output_dir(args.output_dir)
         set_seed(args.seed)
         self._given_processing_class = processing_class
         self.processing_class = processing_class or self.load_tokenizer()
@@ -139,6 +142,8 @@ class Trainer:
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
+            if not (Path(self.args.output_dir) / "config.json").exists():  # killed before the model was written
+                self.save_model()
             return TrainOutput(first_step, 0.0, {})
         self.run.event("on_train_begin")
         if self.args.eval_on_start:

@@ -73,9 +73,11 @@ class OnlineTrainer(Trainer):
 
     def updates(self, epoch: int, first: int) -> Iterator[StepResult]:
         """One epoch: sample, score, then the optimizer steps of that round; yields after each step."""
+        if first % self.updates_per_round == 0:
+            self.schedule = []  # of a round that a callback cut short
         for number, prompts in self._rounds(epoch, first):
             if not self.schedule:  # else a checkpoint was taken in the middle of this round
-                self._sync_weights()
+                self._sync_weights("train")
                 completions = self._generate(prompts, self.args.num_generations, "train", number)
                 scored = self._score(completions, self.args.num_generations, "train")
                 self.schedule = self._learnable(completions, scored, number)
@@ -86,10 +88,10 @@ class OnlineTrainer(Trainer):
                         result = self.update(minibatch.batches, minibatch.counts)
                     yield result
 
-    def _sync_weights(self) -> None:
+    def _sync_weights(self, stream: str) -> None:
         if self._synced_at == self.state.global_step and not self.args.engines_sleep:
-            return
-        with self._timed("weight_sync_s"), awake(self.policy), awake(self.rollout, "weights"):
+            return  # an evaluation has just done it
+        with self._timed("weight_sync_s", stream), awake(self.policy), awake(self.rollout, "weights"):
             sync_weights(self.policy, self.rollout)
         self._synced_at = self.state.global_step
 
@@ -110,9 +112,7 @@ class OnlineTrainer(Trainer):
     def _score(self, completions: list[Completion], num_generations: int, stream: str) -> RewardResult:
         prompts, texts = [completion.row["prompt"] for completion in completions], self._texts(completions)
         with self._timed("reward_s", stream):
-            scored = self.rewards(completions, prompts, texts, group_size=num_generations, trainer_state=self.state)
-        self._table = {"prompt": prompts, "completion": texts}
-        return scored
+            return self.rewards(completions, prompts, texts, group_size=num_generations, trainer_state=self.state)
 
     def _learnable(self, completions: list[Completion], scored: RewardResult, number: int) -> list[Minibatch]:
         """The round's optimizer steps, in order; its metrics go to the log."""
@@ -136,15 +136,21 @@ class OnlineTrainer(Trainer):
         self.run.count_tokens(
             sum(len(completion.prompt_ids) + len(completion.completion_ids) for completion in completions)
         )
-        columns = dict(zip(self.rewards.names, scored.rewards.T.tolist(), strict=True))
-        self._table |= {**columns, **scored.extra, "advantage": advantages.tolist()}
+        if self.args.log_completions and self.state.is_world_process_zero:
+            self._table = {
+                "prompt": [completion.row["prompt"] for completion in completions],
+                "completion": self._texts(completions),
+                **dict(zip(self.rewards.names, scored.rewards.T.tolist(), strict=True)),
+                **scored.extra,
+                "advantage": advantages.tolist(),
+            }
 
     # ---- evaluation
 
     def evaluation(self, rows: Dataset) -> dict[str, float]:
         """Each prompt once, `num_generations_eval` completions each; the policy's loss on them as well."""
         group = self.args.eval_generations
-        self._sync_weights()
+        self._sync_weights("eval")
         completions = self._generate(list(rows), group, "eval", 0)
         scored = self._score(completions, group, "eval")
         advantages, metrics = self.advantages(scored.rewards, group)
@@ -158,7 +164,6 @@ class OnlineTrainer(Trainer):
         with awake(self.policy):
             loss = self.policy.eval_step(whole.batches, self.loss, counts=whole.counts)
         self.policy.wake()  # for the step that may follow in the same round
-        self._table = {}
         return {**loss, **completion_metrics(completions), **metrics, **scored.metrics}
 
     # ---- rounds, state
@@ -199,11 +204,12 @@ class OnlineTrainer(Trainer):
 
     def restore_loop_state(self, state: dict[str, Any]) -> None:
         """Goes on in the middle of a round."""
+        self._synced_at = None
         self.schedule = [Minibatch.from_state(minibatch) for minibatch in state["schedule"]]
 
     def after_log(self) -> None:
         """The latest round as a table, where asked for."""
-        if not (self.args.log_completions and self.state.is_world_process_zero and self._table):
+        if not self._table:
             return
         step, table = self.state.global_step, self._table
         if self.args.log_unique_prompts:

@@ -45,6 +45,7 @@ class Run:
         """A run from its first step."""
         self.state = TrainerState(train_batch_size=self.arguments.train_batch_size, **self.first)
         self.control = TrainerControl()
+        self.window = MetricsWindow()
         self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
         self.logged_step = 0
         self.loss_total = 0.0

@@ -51,7 +51,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(path / "rows.jsonl", rows)
     write_rows(path / "gap.jsonl", [*rows[:5], {"prompt": "1 + 1 = "}, *rows[6:]])
     write_rows(path / "renamed.jsonl", [{"question": row["prompt"]} for row in rows])
-    write_rows(path / "long.jsonl", [*rows[:3], {"prompt": "1 + " * 60, "answer": 60}])
+    write_rows(path / "long.jsonl", [*rows[:3], {"prompt": "1 + " * 99, "answer": 99}])
     (path / "rewards.py").write_text(REWARDS)
     return path
 
@@ -111,6 +111,10 @@ MISTAKES = {
         [*SCORED, "--dataset_name", "long.jsonl"],
         ["dataset row 3: its prompt has", "the limit is 122", "max_completion_length"],
     ),
+    "output directory that cannot be": (
+        [*SFT, "--output_dir", "rows.jsonl/out"],
+        ["output_dir='rows.jsonl/out' cannot be made (Not a directory)", "choose another"],
+    ),
     "no reward function of that name": (
         [*GRPO, "--reward_funcs", "rewards.py:fin"],
         ["reward function 'rewards.py:fin'", "did you mean fine?"],
@@ -134,11 +138,16 @@ def test_a_mistake_ends_every_rank_with_one_line(name: str, here: Path) -> None:
     ],
 )
 def test_a_reward_functions_fault_on_one_rank_ends_all(function: str, parts: list[str], here: Path) -> None:
-    words = [*GRPO, "--reward_funcs", "fine.py:fine", f"rewards.py:{function}", "--reward_timeout", 1]
-    words[words.index("fine.py:fine")] = "rewards.py:fine"
+    words = [*SCORED, f"rewards.py:{function}", "--reward_timeout", 1]
     line = start_mistaken(words, here, first=random_rollout).line
     assert line.startswith(f"megalign: error: reward function '{function}'")
     assert all(part in line for part in parts), line
+
+
+def test_what_only_one_rank_meets_ends_the_others_too(here: Path) -> None:
+    (here / "taken" / "model.safetensors").mkdir(parents=True)  # rank 0 writes the model, the others wait for it
+    line = start_mistaken([*SFT, *PP2, "--output_dir", "taken", "--save_strategy", "no"], here).line
+    assert line.startswith("megalign: error: cannot write the model to taken (") and "choose another directory" in line
 
 
 def test_a_machine_without_vllm_is_told_how_to_get_it(here: Path) -> None:

@@ -113,5 +113,5 @@ def test_a_finished_run_is_left_as_it_is(here: Path, whole: Path) -> None:
     before: dict[str, Any] = {str(path): path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     words = ["--per_device_train_batch_size", "2", "--output_dir", whole, "--resume_from_checkpoint", "latest"]
     ended = run(torchrun(2, "-m", "megalign", "sft", "--config", "run.yaml", *words), here).succeeded()
-    assert "megalign: the run is finished: checkpoint at step 4 of 4" in ended.stdout
+    assert "megalign: the run is finished" in ended.stdout
     assert {str(path): path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
