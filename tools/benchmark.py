@@ -113,13 +113,18 @@ def make_rows(job: str, count: int) -> list[dict[str, str]]:
     return [word_problem(rng, rng.randint(4, 11) if job == "sft" else 1) for _ in range(count)]
 
 
+def rename_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of question and answer as one of prompt and completion."""
+    return {TRAINER_COLUMNS.get(name, name): value for name, value in row.items()}
+
+
 def read_rows(path: Path, job: str, count: int) -> list[dict[str, Any]]:
     """The first `count` rows of a .jsonl file, again from its start when it has fewer."""
     with path.open() as file:
         found = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
     if not found:
         sys.exit(f"megalign: error: {path} has no rows; give a .jsonl file with one row a line")
-    named = [{TRAINER_COLUMNS.get(name, name): value for name, value in row.items()} for row in found]
+    named = [rename_columns(row) if "question" in row else row for row in found]
     if job == "grpo" and "prompt" not in named[0]:
         sys.exit(f"megalign: error: {path} has the columns {', '.join(found[0])}, and grpo needs prompt or question")
     if job == "grpo":

@@ -128,9 +128,11 @@ BUILT_IN: dict[str, RewardFunction] = {
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
     "length_reward": length_reward,
+    # TRL's command line gives this name these numbers.
+    "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
 }
 # These make a reward function from numbers that a name cannot carry.
-FACTORIES = ("get_soft_overlong_punishment", "get_repetition_penalty_reward", "get_cosine_scaled_reward")
+FACTORIES = ("get_repetition_penalty_reward", "get_cosine_scaled_reward")
 
 
 def resolve(name: str) -> RewardFunction:

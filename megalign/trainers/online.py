@@ -60,7 +60,7 @@ class OnlineTrainer(Trainer):
             args, self.groups, self.policy, self.reference, needs_old_logprobs=self.needs_old_logprobs()
         )
         self.schedule = []
-        self._synced_at: int | None = None
+        self._synced = False  # whether the rollout engine holds the policy's present weights
         self._table: dict[str, list[Any]] = {}
 
     # ---- what a leaf says
@@ -86,14 +86,15 @@ class OnlineTrainer(Trainer):
                     minibatch = self.schedule.pop(0)
                     with self._timed("update_s"):
                         result = self.update(minibatch.batches, minibatch.counts)
+                    self._synced = False
                     yield result
 
     def _sync_weights(self, stream: str) -> None:
-        if self._synced_at == self.state.global_step and not self.args.engines_sleep:
+        if self._synced and not self.args.engines_sleep:
             return  # an evaluation has just done it
         with self._timed("weight_sync_s", stream), awake(self.policy), awake(self.rollout, "weights"):
             sync_weights(self.policy, self.rollout)
-        self._synced_at = self.state.global_step
+        self._synced = True
 
     def _generate(
         self, prompts: Sequence[dict[str, Any]], num_generations: int, stream: str, number: int
@@ -204,7 +205,7 @@ class OnlineTrainer(Trainer):
 
     def restore_loop_state(self, state: dict[str, Any]) -> None:
         """Goes on in the middle of a round."""
-        self._synced_at = None
+        self._synced = False
         self.schedule = [Minibatch.from_state(minibatch) for minibatch in state["schedule"]]
 
     def after_log(self) -> None:

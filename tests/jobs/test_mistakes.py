@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.jobs.inputs import save_model, sums, write_rows
 from tests.jobs.mistaken import no_vllm, random_rollout, start_mistaken
-from tests.jobs.start import run, torchrun
+from tests.jobs.start import run, run_together, torchrun
 
 REWARDS = """
 import os, time
@@ -155,11 +155,29 @@ def test_a_machine_without_vllm_is_told_how_to_get_it(here: Path) -> None:
     assert "vLLM is not installed" in line and "tools/install.sh" in line
 
 
-@pytest.mark.parametrize("name", ["unknown key", "row without its completion"])
-def test_torchrun_ends_with_the_ranks_status_2(name: str, here: Path) -> None:
-    words, parts = MISTAKES[name]
-    ended = run(torchrun(2, "-m", "megalign", *words), here, timeout=60)
+SCRIPT = """
+import json
+from megalign import SFTConfig, SFTTrainer
+
+rows = [json.loads(line) for line in open("gap.jsonl")]
+SFTTrainer("model", SFTConfig(output_dir="out"), train_dataset=rows).train()
+"""
+
+
+def test_a_mistake_in_a_script_is_one_line_too(here: Path) -> None:
+    (here / "train.py").write_text(SCRIPT)
+    ended = run(torchrun(2, "train.py"), here, timeout=60)
     assert ended.status != 0 and 2 in ended.rank_statuses, ended.stderr
     (line,) = ended.error_lines
+    assert line.startswith("megalign: error: dataset row 5: it has no 'completion'")
+    assert "megalign/" not in ended.stderr and 'train.py", line' not in ended.stderr, ended.stderr
+
+
+def test_two_agents_report_a_mistake_once(here: Path) -> None:
+    words, parts = MISTAKES["unknown key"]
+    agent = torchrun(2, "-m", "megalign", *words, nodes=2)
+    first, second = run_together([agent, agent], here, timeout=60)
+    assert first.status != 0 and second.status != 0
+    assert 2 in first.rank_statuses + second.rank_statuses, first.stderr + second.stderr
+    (line,) = [*first.error_lines, *second.error_lines]
     assert all(part in line for part in parts), line
-    assert "megalign/" not in ended.stderr.replace(line, ""), ended.stderr

@@ -155,3 +155,9 @@ def test_a_wrong_name_is_named_with_the_nearest(
         ours.resolve(name)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_overlong_punishments_name_has_trls_numbers() -> None:
+    ids = [[0] * 1000, [0] * 1100, [0] * 1300]
+    expected = trl.rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)(ids)
+    assert ours.resolve("get_soft_overlong_punishment")(completion_ids=ids) == expected

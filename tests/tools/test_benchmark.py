@@ -80,7 +80,7 @@ def test_parameters_are_counted_from_the_files_headers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["sft", pytest.param("grpo", marks=pytest.mark.vllm)])
 def test_both_engines_take_their_steps(job: str, tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model")
+    model = save_model(tmp_path / "model", head_dim=32)  # a size that vLLM knows
     rows = write_rows(tmp_path / "rows.jsonl", sums(8))
     result = tmp_path / "result.json"
     command = [sys.executable, ROOT / "tools/benchmark.py", job, "--json", result, "--model", model, "--dataset", rows]

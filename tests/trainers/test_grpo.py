@@ -11,13 +11,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from megalign.config import GRPOConfig
 from megalign.errors import UserError
 from tests.ranks import run_ranks
 from tests.trainers.grpo_runs import (
+    RandomRollout,
+    closeness,
+    grpo_fields,
     prompt_rows,
     save_model_with_tokenizer,
     train_grpo,
     train_grpo_with_vllm,
+    watch,
 )
 from tests.trainers.runs import StopAt, metric_lines
 
@@ -203,6 +208,37 @@ def test_a_single_function_and_a_built_in_name_are_reward_functions(model: str, 
     (result,) = run_ranks(1, train_grpo, model, ROWS, fields, {"reward_funcs": "length_reward"})
     line = metric_lines(tmp_path)[0]
     assert line["reward"] == line["rewards/length_reward/mean"] == -line["completions/mean_length"]
+
+
+def _stopped_and_started_again(path: str, fields: dict[str, Any]) -> list[str]:
+    from megalign.trainers import online
+    from megalign.trainers.grpo import GRPOTrainer
+
+    online.VllmEngine, real = RandomRollout, online.VllmEngine
+    try:
+        args = GRPOConfig(**grpo_fields(**fields))
+        trainer = GRPOTrainer(path, closeness, args, train_dataset=ROWS, callbacks=[StopAt(1)])
+        log = watch(trainer)
+        trainer.train()
+        trainer.train()
+    finally:
+        online.VllmEngine = real
+    return log
+
+
+def test_a_second_train_samples_anew(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 4, "steps_per_generation": 2}
+    (log,) = run_ranks(1, _stopped_and_started_again, model, fields)
+    calls = [call for call in log if "wake" not in call and "sleep" not in call]
+    assert calls == ["sync", "generate", "policy forward", "policy train_step"] * 2
+
+
+def test_an_evaluation_between_two_logs_leaves_the_table_alone(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "logging_steps": 2, "log_completions": True}
+    fields |= {"eval_strategy": "steps", "eval_steps": 1, "log_unique_prompts": True}
+    run_ranks(1, train_grpo, model, ROWS, fields, {"eval_dataset": prompt_rows(3)})
+    table = pq.read_table(tmp_path / "completions" / "completions_00002.parquet").to_pydict()
+    assert len(table["prompt"]) == len(set(table["prompt"])) == 2  # 8 completions in groups of 4
 
 
 @pytest.mark.vllm

@@ -83,6 +83,9 @@ def test_a_finished_run_is_not_trained_again(model: str, tmp_path: Path) -> None
     assert second["output"].global_step == 6
     assert second["events"] == ["on_init_end"]
     assert "the run is finished" in second["said"]
+    (tmp_path / "config.json").unlink()  # killed between the last checkpoint and the model
+    run_ranks(1, train_sft, model, ROWS, fields, {"resume": "latest"})
+    assert (tmp_path / "config.json").exists()
     assert second["digest"] == first["digest"]
 
 
