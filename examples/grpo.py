@@ -1,7 +1,7 @@
 """GRPO from Python with a reward function of your own. From the repository's root:
 
-    python tools/gguf_to_hf.py --output quickstart/smollm2
-    torchrun --nproc_per_node 2 examples/grpo.py [--max-steps 20] [--model DIR] [--output DIR]
+python tools/gguf_to_hf.py --output quickstart/smollm2
+torchrun --nproc_per_node 2 examples/grpo.py [--max-steps 20] [--model DIR] [--output DIR]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SFT from Python: TRL's API, the launcher being torchrun. From the repository's root:
 
-    python tools/gguf_to_hf.py --output quickstart/smollm2
-    torchrun --nproc_per_node 2 examples/sft.py [--max-steps 20] [--model DIR] [--output DIR]
+python tools/gguf_to_hf.py --output quickstart/smollm2
+torchrun --nproc_per_node 2 examples/sft.py [--max-steps 20] [--model DIR] [--output DIR]
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def main() -> None:
         logging_steps=1,
         save_strategy="no",
     )
-    trainer = SFTTrainer(
-        model=options.model, args=args, train_dataset=rows["train"], eval_dataset=rows["test"]
-    )
+    trainer = SFTTrainer(model=options.model, args=args, train_dataset=rows["train"], eval_dataset=rows["test"])
     trainer.train()
     metrics = trainer.evaluate()
     if trainer.state.is_world_process_zero:

@@ -58,11 +58,6 @@ class Batch:
         return self.cu_seqlens.diff()[: self.num_sequences].long()
 
     @property
-    def max_seqlen(self) -> int:
-        """The longest sequence, the dummy tail included."""
-        return int(self.cu_seqlens.diff().max())
-
-    @property
     def sequence_ids(self) -> Tensor:
         """[T] index of the sequence a token belongs to; the dummy tail has index S."""
         lengths = self.cu_seqlens.diff().long()

@@ -1,4 +1,4 @@
-"""CUDA or CPU: which device, which communication backend, how much memory. Nobody else asks torch for it."""
+"""CUDA or CPU: which device, which communication backend, how much memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 
 import torch
 
+from megalign.errors import UserError
+
 
 def on_cuda() -> bool:
     """Whether this process trains on a GPU."""
@@ -15,7 +17,7 @@ def on_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this rank: the GPU that torchrun's LOCAL_RANK names, or the CPU."""
+    """The device of this rank: the GPU that `select_device` made current, or the CPU."""
     if not on_cuda():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -27,9 +29,16 @@ def backend() -> str:
 
 
 def select_device() -> None:
-    """Makes the GPU of LOCAL_RANK current; nothing on a CPU."""
-    if on_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    """Makes the GPU of LOCAL_RANK current, or the only one that is visible; nothing on a CPU."""
+    if not on_cuda():
+        return
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 1 < count <= local_rank:
+        raise UserError(
+            f"LOCAL_RANK={local_rank} must be below {count}, the number of visible GPUs; start at most {count} ranks "
+            "a node, or give each rank one GPU of its own with CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank if count > 1 else 0)
 
 
 def synchronize() -> None:

@@ -1,7 +1,7 @@
 """The job as environment variables that torch.distributed reads, and its one error line. Imports no torch.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` they are made from
-Slurm's; a process on its own becomes a job of one rank.
+Slurm's; a process on its own (a batch script without `srun` too) becomes a job of one rank.
 """
 
 from __future__ import annotations
@@ -28,13 +28,19 @@ EXIT_USER_ERROR = 2
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
     """Fills in RANK and its companions where nobody has; returns the world size."""
     if "RANK" not in environ:
-        environ.update(_slurm(environ) if "SLURM_PROCID" in environ else _alone())
-    for name in ("RANK", "WORLD_SIZE"):
+        environ.update(_slurm(environ) if _in_slurm_step(environ) else _alone())
+    elif "LOCAL_RANK" not in environ:
+        # Whoever sets RANK alone is on one node; megalign.device says so where that cannot be.
+        environ["LOCAL_RANK"] = environ["SLURM_LOCALID"] if _in_slurm_step(environ) else environ["RANK"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if not environ.get(name, "").isdigit():
-            raise UserError(
-                f"{name}={environ.get(name)!r} must be a whole number; start the job with torchrun or srun"
-            )
+            raise UserError(f"{name}={environ.get(name)!r} must be a whole number; start the job with torchrun or srun")
     return int(environ["WORLD_SIZE"])
+
+
+def _in_slurm_step(environ: MutableMapping[str, str]) -> bool:
+    """Whether srun started this process. A batch script has SLURM_PROCID and SLURM_NTASKS too, but no step."""
+    return all(f"SLURM_{name}" in environ for name in ("PROCID", "LOCALID", "STEP_ID", "STEP_NUM_TASKS"))
 
 
 def _alone() -> dict[str, str]:
@@ -54,12 +60,12 @@ def _alone() -> dict[str, str]:
 def _slurm(environ: MutableMapping[str, str]) -> dict[str, str]:
     """A Slurm step's variables in torchrun's names; MASTER_ADDR and MASTER_PORT of the user's own choice
     stay."""
-    world = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or "1"
+    world = environ["SLURM_STEP_NUM_TASKS"]
     if world == "1":
         return _alone()
     found = {
         "RANK": environ["SLURM_PROCID"],
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
         "WORLD_SIZE": world,
     }
     if "MASTER_ADDR" not in environ:
@@ -73,22 +79,12 @@ def _slurm(environ: MutableMapping[str, str]) -> dict[str, str]:
 
 def _first_host(environ: MutableMapping[str, str]) -> str:
     """The host of rank 0."""
-    hosts = (
-        environ.get("SLURM_STEP_NODELIST")
-        or environ.get("SLURM_JOB_NODELIST")
-        or environ.get("SLURM_NODELIST")
-    )
-    nodes = (
-        environ.get("SLURM_STEP_NUM_NODES")
-        or environ.get("SLURM_JOB_NUM_NODES")
-        or environ.get("SLURM_NNODES")
-    )
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    nodes = environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES")
     if not hosts or nodes == "1":
         return "127.0.0.1"
     if shutil.which("scontrol"):
-        answer = subprocess.run(
-            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False
-        )
+        answer = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=False)
         if answer.returncode == 0 and answer.stdout.strip():
             return answer.stdout.split()[0]
     return expand_hosts(hosts)[0]
@@ -98,10 +94,7 @@ def expand_hosts(hosts: str) -> list[str]:
     """The hosts of a Slurm node list: "a[01-03,7],b" -> a01 a02 a03 a7 b."""
     expanded = []
     for entry in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", hosts):
-        parts = [
-            _numbers(part[1:-1]) if part[0] == "[" else [part]
-            for part in re.findall(r"\[[^\]]*\]|[^\[]+", entry)
-        ]
+        parts = [_numbers(part[1:-1]) if part[0] == "[" else [part] for part in re.findall(r"\[[^\]]*\]|[^\[]+", entry)]
         expanded += ["".join(choice) for choice in itertools.product(*parts)]
     return expanded
 
@@ -135,6 +128,8 @@ def report_uncaught() -> None:
         if hasattr(sys, "ps1"):  # a prompt goes on after an error
             previous(kind, error, trace)
         elif isinstance(error, UserError):
+            # torch.distributed's own hook, which calls this one, would keep the line for later.
+            sys.stderr = sys.__stderr__
             report_error(str(error))
             end_at_once(EXIT_USER_ERROR)
         elif isinstance(error, RuntimeError) and another_rank_reported():

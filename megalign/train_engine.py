@@ -14,7 +14,6 @@ from megalign import device
 from megalign.batch import Batch, Counts, Metric, Slice
 from megalign.conversion import hf_files
 from megalign.conversion.families import architecture_of
-from megalign.errors import UserError
 from megalign.model import checkpoint, optimizer
 from megalign.model.attention import PackedSequences
 from megalign.model.build import build_model
@@ -157,13 +156,3 @@ class TrainEngine:
 
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         return language_model_columns(self._models[-1], hidden, batch, self.groups, self.architecture.vocab_size)
-
-
-def check_path(model_path: str) -> str:
-    """The path of a local Hugging Face directory, or UserError."""
-    if not isinstance(model_path, str):
-        raise UserError(
-            f"model is a {type(model_path).__name__}, but each rank reads its own slices from disk; "
-            "pass the path of a Hugging Face directory (save_pretrained makes one)"
-        )
-    return model_path

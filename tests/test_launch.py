@@ -19,6 +19,7 @@ STEP = {
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_NNODES": "2",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
 }
@@ -77,12 +78,34 @@ def test_torchrun_and_the_users_own_master_win():
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("me", "4000")
 
 
-@pytest.mark.parametrize("environ", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}])
+# What sbatch sets for the script itself: a rank's number, the tasks that srun would start, but no step.
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+}
+STEP_OF_ONE = dict(STEP, SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_NUM_TASKS="1")  # srun --ntasks=1 in it
+
+
+@pytest.mark.parametrize("environ", [{}, BATCH_SCRIPT, STEP_OF_ONE])
 def test_one_process_is_a_job_of_one_rank(environ):
     environ = dict(environ)
     assert prepare_environment(environ) == 1
     assert (environ["RANK"], environ["LOCAL_RANK"], environ["MASTER_ADDR"]) == ("0", "0", "127.0.0.1")
     assert int(environ["MASTER_PORT"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "local_rank"), [({}, "5"), (STEP, "1"), (BATCH_SCRIPT, "5"), ({"LOCAL_RANK": "3"}, "3")]
+)
+def test_a_rank_without_a_local_rank_gets_one(given, local_rank):
+    environ = {**given, "RANK": "5", "WORLD_SIZE": "8"}
+    assert prepare_environment(environ) == 8
+    assert environ["LOCAL_RANK"] == local_rank
 
 
 def test_half_a_torchrun_environment_is_refused():

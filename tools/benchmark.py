@@ -49,6 +49,7 @@ class Step(NamedTuple):
     """What an engine answers after an optimizer step."""
 
     seconds: float
+    cpu_seconds: float  # of all its threads: other programs on the machine hardly change it
     tokens: int  # fed to the model, prompts included, padding not
     loss: float
 
@@ -71,25 +72,26 @@ class StepOnCall(TrainerCallback):
     """Holds the trainer before each step until the pipe says go; transformers' protocol, so both engines take it."""
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.started, self.seconds, self.tokens = pipe, 0.0, 0.0, 0
+        self.pipe, self.tokens = pipe, 0
+        self.started = self.taken = (0.0, 0.0)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Waits."""
         with suppress(EOFError):
             if self.pipe.recv():
-                self.started = time.perf_counter()
+                self.started = time.perf_counter(), time.process_time()
                 return
         os._exit(0)  # vLLM's threads and the final model are of no interest here
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Stops the clock."""
         device.synchronize()
-        self.seconds = time.perf_counter() - self.started
+        self.taken = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
 
     def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any], **__: Any) -> None:
         """Answers: only the log, which follows the step's end, knows how many tokens there were."""
         tokens = int(logs["num_tokens"])
-        self.pipe.send(Step(self.seconds, tokens - self.tokens, float(logs["loss"])))
+        self.pipe.send(Step(*self.taken, tokens - self.tokens, float(logs["loss"])))
         self.tokens = tokens
 
 
@@ -338,18 +340,30 @@ def show(
     """The entries as a table, with the machine's own limits below."""
     what = "rows" if options.job == "sft" else f"completions of at most {options.max_completion_length} tokens"
     table = Table(title=f"{options.job}: {options.batch} {what} a step, {len(pairs)} steps, {options.model.name}")
-    for heading in ("engine", "median s", "tokens/s", "against TRL", "GFLOP/s", "first loss", "peak RSS GB"):
+    for heading in ("engine", "median s", "CPU s", "tokens/s", "against TRL", "GFLOP/s", "first loss", "peak RSS GB"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
     weights = num_parameters(options.model)
     for entry in entries:
         # Forward and backward take 6 operations a weight and token; generation is not counted like that.
         flops = f"{6 * weights * entry['tokens_per_s'] / 1e9:.0f}" if options.job == "sft" else "-"
-        cells = f"{entry['median_s']:.2f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f} x", flops
-        first_loss, peak = getattr(pairs[0], entry["engine"]).loss, entry["peak_rss"] / 1e9
-        table.add_row(entry["engine"], *cells, f"{first_loss:.4f}", f"{peak:.2f}")
+        steps: list[Step] = [getattr(pair, entry["engine"]) for pair in pairs]
+        cpu = statistics.median(step.cpu_seconds for step in steps)
+        cells = (
+            f"{entry['median_s']:.2f}",
+            f"{cpu:.1f}",
+            f"{entry['tokens_per_s']:.0f}",
+            f"{entry['ratio']:.2f} x",
+            flops,
+        )
+        table.add_row(entry["engine"], *cells, f"{steps[0].loss:.4f}", f"{entry['peak_rss'] / 1e9:.2f}")
     console.print(table)
-    flops, copied = (statistics.median(column) for column in zip(*limits, strict=True))
-    console.print(f"machine: {flops / 1e9:.0f} GFLOP/s in a matrix product, {copied / 1e9:.0f} GB/s in a copy")
+    flops, copied = ([value / 1e9 for value in column] for column in zip(*limits, strict=True))
+    console.print(
+        f"machine: {statistics.median(flops):.0f} GFLOP/s in a matrix product ({min(flops):.0f} to {max(flops):.0f}), "
+        f"{statistics.median(copied):.0f} GB/s in a copy ({min(copied):.0f} to {max(copied):.0f})"
+    )
+    if max(flops) > 1.3 * min(flops):
+        console.print("[yellow]other programs kept the machine busy: trust the CPU seconds more than the others")
     console.print(describe_machine(options))
 
 

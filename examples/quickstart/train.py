@@ -73,6 +73,7 @@ def main() -> None:
         num_generations_eval=8,
         max_completion_length=12,
         vllm_max_model_length=64,
+        vllm_cpu_kv_cache_gib=0.25,
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant",
         loss_type="dapo",

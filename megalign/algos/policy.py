@@ -39,15 +39,10 @@ def clipped_policy_loss(
     *,
     epsilon: float,
     epsilon_high: float,
-    delta: float | None = None,
 ) -> Tensor:
-    """[T] -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) (PPO, arXiv 1707.06347 eq. 7).
-
-    `delta` caps the unclipped ratio too, which bounds the loss of negative advantages (arXiv 2505.07291).
-    """
+    """[T] -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) (PPO, arXiv 1707.06347 eq. 7)."""
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    capped = ratio if delta is None else ratio.clamp(max=delta)
-    return -torch.min(capped * advantages, clipped * advantages)
+    return -torch.min(ratio * advantages, clipped * advantages)
 
 
 def aggregated(
@@ -90,7 +85,6 @@ def grpo_loss(
     importance_sampling_level: Level,
     max_completion_length: int,
     use_bias_correction_kl: bool = True,
-    delta: float | None = None,
 ) -> tuple[Tensor, dict[str, Metric]]:
     """This microbatch's share of the clipped policy loss + beta * KL, and its share of TRL's metrics.
 
@@ -107,7 +101,7 @@ def grpo_loss(
     ratio = log_importance_ratio(logprobs, old_logprobs, batch, level=importance_sampling_level).exp()
     advantages = batch.per_token(_advantages(batch, logprobs))
 
-    losses = clipped_policy_loss(ratio, advantages, epsilon=epsilon, epsilon_high=high, delta=delta)
+    losses = clipped_policy_loss(ratio, advantages, epsilon=epsilon, epsilon_high=high)
     if "importance_weights" in batch:
         losses = losses * batch["importance_weights"]
 
@@ -117,9 +111,8 @@ def grpo_loss(
         losses = losses + beta * kl
         metrics["kl"] = reduce.token_mean(kl, mask, counts.tokens)
 
-    shown = ratio if delta is None else ratio.clamp(max=delta)
-    low_clipped = (shown < 1 - epsilon) & (advantages < 0)
-    high_clipped = (shown > 1 + high) & (advantages > 0)
+    low_clipped = (ratio < 1 - epsilon) & (advantages < 0)
+    high_clipped = (ratio > 1 + high) & (advantages > 0)
     metrics |= clip_metrics(low_clipped, high_clipped, batch, counts, level=importance_sampling_level)
     loss = aggregated(losses, batch, counts, loss_type=loss_type, max_completion_length=max_completion_length)
     return loss, metrics

@@ -100,21 +100,24 @@ class GRPOConfig(LoopConfig, ParallelConfig, RolloutConfig):
         return self.vllm_enable_sleep_mode
 
     def validate(self, world_size: int) -> None:
-        """Generation batch by groups, microbatches and optimizer steps; evaluation batch by its groups."""
+        """Generation batch by groups, microbatches and optimizer steps; evaluation batch by its groups; time-outs."""
         super().validate(world_size)
+        if self.reward_timeout >= self.ddp_timeout:
+            raise UserError(
+                f"reward_timeout {self.reward_timeout:g} s must be below ddp_timeout {self.ddp_timeout} s, after which "
+                "the ranks that wait for the rewards give the job up; raise ddp_timeout or lower reward_timeout"
+            )
         replicas = self.data_parallel_size(world_size)
         self._validate_generation_batch(replicas)
         rows = self.per_device_eval_batch_size * replicas
         if self.evaluates and rows % self.eval_generations:
             raise UserError(
-                f"per_device_eval_batch_size {self.per_device_eval_batch_size} * data-parallel ranks "
-                f"{replicas} = {rows}"
-                f" must be a multiple of num_generations_eval {self.eval_generations}; change one of them"
+                f"per_device_eval_batch_size {self.per_device_eval_batch_size} * data-parallel ranks {replicas} = "
+                f"{rows} must be a multiple of num_generations_eval {self.eval_generations}; change one of them"
             )
         if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
             raise UserError(
-                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward "
-                f"functions; "
+                f"reward_weights has {len(self.reward_weights)} values for {len(self.reward_funcs)} reward functions; "
                 "give one for each"
             )
 
@@ -128,24 +131,20 @@ class GRPOConfig(LoopConfig, ParallelConfig, RolloutConfig):
         if self.generation_batch_size is not None and self.generation_batch_size % microbatch:
             raise UserError(
                 f"generation_batch_size {self.generation_batch_size} must be a multiple of "
-                f"per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} * data-parallel ranks {replicas} = {microbatch}; "
-                f"change one of them"
+                f"per_device_train_batch_size {self.per_device_train_batch_size} * data-parallel ranks {replicas} = "
+                f"{microbatch}; change one of them"
             )
         completions = self.completions_per_generation(replicas)
         if completions % self.num_generations:
             raise UserError(
                 f"generation_batch_size {completions} (per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} * "
-                f"data-parallel ranks {replicas} * steps_per_generation {completions // microbatch}) must "
-                f"be a multiple "
-                f"of num_generations {self.num_generations}; change one of them"
+                f"{self.per_device_train_batch_size} * data-parallel ranks {replicas} * steps_per_generation "
+                f"{completions // microbatch}) must be a multiple of num_generations {self.num_generations}; "
+                "change one of them"
             )
         if completions // microbatch % self.gradient_accumulation_steps:
             raise UserError(
-                f"steps_per_generation {completions // microbatch} must be a multiple of "
-                f"gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}, so that optimizer steps do not straddle rounds of "
-                f"sampling; "
+                f"steps_per_generation {completions // microbatch} must be a multiple of gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}, so that optimizer steps do not straddle rounds of sampling; "
                 "change one of them"
             )

@@ -132,9 +132,7 @@ class LoopConfig(Config):
             self.report_to = []
         # transformers takes booleans here; the command line makes text of them.
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
-            self.resume_from_checkpoint = (
-                "latest" if str(self.resume_from_checkpoint).lower() == "true" else None
-            )
+            self.resume_from_checkpoint = "latest" if str(self.resume_from_checkpoint).lower() == "true" else None
         super().__post_init__()
 
     def check_values(self) -> None:
@@ -169,21 +167,21 @@ class LoopConfig(Config):
         return self.eval_strategy != "no" or self.eval_on_start
 
     def validate(self, world_size: int) -> None:
-        """Step intervals: whole numbers, or fractions of the run below 1."""
+        """Step intervals: whole numbers, or fractions of the run below 1; no field that nothing would read."""
         super().validate(world_size)
-        if self.max_steps == 0:
+        if self.eval_dataset_name is not None and not self.evaluates:
             raise UserError(
-                "max_steps=0 leaves nothing to train; give a number above 0, or -1 for num_train_epochs"
+                f"eval_dataset_name={self.eval_dataset_name!r} is given and nothing evaluates; set eval_strategy "
+                "(steps or epoch) or eval_on_start, or drop it"
             )
+        if self.max_steps == 0:
+            raise UserError("max_steps=0 leaves nothing to train; give a number above 0, or -1 for num_train_epochs")
         if self.recompute_granularity and not self.gradient_checkpointing:
             raise UserError(
-                f"recompute_granularity={self.recompute_granularity!r} contradicts "
-                f"gradient_checkpointing=False; "
+                f"recompute_granularity={self.recompute_granularity!r} contradicts gradient_checkpointing=False; "
                 "drop one of them"
             )
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and value > 1 and value != int(value):
-                raise UserError(
-                    f"{name}={value} must be a whole number, or below 1 for a fraction; give {int(value)}"
-                )
+                raise UserError(f"{name}={value} must be a whole number, or below 1 for a fraction; give {int(value)}")

@@ -51,9 +51,7 @@ class ParallelConfig(Config):
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in a job of `world_size` ranks."""
@@ -64,10 +62,9 @@ class ParallelConfig(Config):
         super().validate(world_size)
         if world_size % self.model_parallel_size:
             raise UserError(
-                f"world size {world_size} does not divide by tensor_model_parallel_size "
+                f"world size {world_size} must be a multiple of tensor_model_parallel_size "
                 f"{self.tensor_model_parallel_size} * pipeline_model_parallel_size "
-                f"{self.pipeline_model_parallel_size}"
-                f" * context_parallel_size {self.context_parallel_size} = {self.model_parallel_size}; "
-                f"start a multiple "
-                f"of {self.model_parallel_size} ranks or choose smaller sizes"
+                f"{self.pipeline_model_parallel_size} * context_parallel_size {self.context_parallel_size} = "
+                f"{self.model_parallel_size}; start a multiple of {self.model_parallel_size} ranks or choose smaller "
+                "sizes"
             )

@@ -45,15 +45,9 @@ _TRAINING: dict[str, Refusal] = (
         # optimizer and loss
         "optim": Refusal("the optimizer is AdamW", "adam_beta1", ("adamw_torch", "adamw_torch_fused")),
         "optim_args": Refusal("the optimizer is AdamW", "adam_epsilon", (None, "")),
-        "optim_target_modules": Refusal(
-            "the optimizer is AdamW over all parameters", "adam_epsilon", (None,)
-        ),
-        "warmup_ratio": Refusal(
-            "transformers 5 dropped it", "warmup_steps (below 1: a fraction)", (None, 0, 0.0)
-        ),
-        "average_tokens_across_devices": Refusal(
-            "losses are always divided by global counts", "loss_type", (True,)
-        ),
+        "optim_target_modules": Refusal("the optimizer is AdamW over all parameters", "adam_epsilon", (None,)),
+        "warmup_ratio": Refusal("transformers 5 dropped it", "warmup_steps (below 1: a fraction)", (None, 0, 0.0)),
+        "average_tokens_across_devices": Refusal("losses are always divided by global counts", "loss_type", (True,)),
         "label_smoothing_factor": Refusal(NOT_BUILT, "loss_type", (0, 0.0)),
         "neftune_noise_alpha": Refusal(NOT_BUILT, "weight_decay", (None,)),
         "router_aux_loss_coef": Refusal(_MOE, "tensor_model_parallel_size", (None,)),
@@ -76,12 +70,8 @@ _TRAINING: dict[str, Refusal] = (
         ),
         "liger_kernel_config": Refusal("there are no Liger kernels here", "gradient_checkpointing", (None,)),
         "use_cache": Refusal("training keeps no KV cache", "gradient_checkpointing", (False,)),
-        "torch_empty_cache_steps": Refusal(
-            "memory is handed over phase by phase", "gradient_checkpointing", (None,)
-        ),
-        "auto_find_batch_size": Refusal(
-            "another batch size is another run", "per_device_train_batch_size", (False,)
-        ),
+        "torch_empty_cache_steps": Refusal("memory is handed over phase by phase", "gradient_checkpointing", (None,)),
+        "auto_find_batch_size": Refusal("another batch size is another run", "per_device_train_batch_size", (False,)),
         "full_determinism": Refusal(
             "on CPU runs are deterministic as they are; on CUDA it is not built yet", "seed", (False,)
         ),
@@ -115,13 +105,9 @@ _TRAINING: dict[str, Refusal] = (
         "ddp_broadcast_buffers": Refusal(
             "the models have no buffers to broadcast", "use_distributed_optimizer", (None, False)
         ),
-        "ddp_static_graph": Refusal(
-            "Megatron's DDP has no such mode", "use_distributed_optimizer", (None, False)
-        ),
+        "ddp_static_graph": Refusal("Megatron's DDP has no such mode", "use_distributed_optimizer", (None, False)),
         "ddp_backend": Refusal("NCCL on CUDA, gloo on CPU", "ddp_timeout", (None,)),
-        "local_rank": Refusal(
-            "torchrun or Slurm gives it to each process", "tensor_model_parallel_size", (-1,)
-        ),
+        "local_rank": Refusal("torchrun or Slurm gives it to each process", "tensor_model_parallel_size", (-1,)),
         "overlap_grad_reduce": Refusal(NOT_BUILT, "use_distributed_optimizer", (False,)),
         "overlap_param_gather": Refusal(NOT_BUILT, "use_distributed_optimizer", (False,)),
         "tp_comm_overlap": Refusal("it needs Transformer Engine", "tensor_model_parallel_size", (False,)),
@@ -131,24 +117,16 @@ _TRAINING: dict[str, Refusal] = (
         "recompute_num_layers": Refusal(
             "full recomputation is uniform, layer by layer", "recompute_granularity", (None, 1)
         ),
-        "recompute_modules": Refusal(
-            "selective recomputes the core attention", "recompute_granularity", (None,)
-        ),
+        "recompute_modules": Refusal("selective recomputes the core attention", "recompute_granularity", (None,)),
         "fp8": Refusal(NOT_BUILT, "bf16", (None, False)),
         "fp4": Refusal(NOT_BUILT, "bf16", (None, False)),
         # data
         "dataset_streaming": Refusal("rows are tokenized once before training", "dataset_name", (False,)),
         "streaming": Refusal("rows are tokenized once before training", "dataset_name", (False,)),
-        "datasets": Refusal(
-            "mixtures are not built yet; write the mixture to one file", "dataset_name", (None, [])
-        ),
-        "test_split_size": Refusal(
-            "write the test rows to a file of their own", "eval_dataset_name", (None,)
-        ),
+        "datasets": Refusal("mixtures are not built yet; write the mixture to one file", "dataset_name", (None, [])),
+        "test_split_size": Refusal("write the test rows to a file of their own", "eval_dataset_name", (None,)),
         "ignore_bias_buffers": Refusal("TRL's debugging aid for DDP", "use_distributed_optimizer", (False,)),
-        "dataloader_drop_last": Refusal(
-            "the sampler decides, the same at every layout", "num_train_epochs", (False,)
-        ),
+        "dataloader_drop_last": Refusal("the sampler decides, the same at every layout", "num_train_epochs", (False,)),
         "dataloader_num_workers": Refusal(_LOADER, "per_device_train_batch_size", (0,)),
         "dataloader_pin_memory": Refusal(_LOADER, "per_device_train_batch_size", (False,)),
         "dataloader_persistent_workers": Refusal(_LOADER, "per_device_train_batch_size", (False,)),
@@ -158,26 +136,18 @@ _TRAINING: dict[str, Refusal] = (
         "label_names": Refusal("columns have fixed names", "dataset_name", (None,)),
         "train_sampling_strategy": Refusal("order is random or as given", "shuffle_dataset"),
         "length_column_name": Refusal("rows are not grouped by length", "shuffle_dataset", ("length",)),
-        "ignore_data_skip": Refusal(
-            "a resumed run goes on where it stopped", "resume_from_checkpoint", (False,)
-        ),
+        "ignore_data_skip": Refusal("a resumed run goes on where it stopped", "resume_from_checkpoint", (False,)),
         # logging
         "log_level": Refusal("set it with Python's logging", "disable_tqdm", ("passive",)),
         "log_level_replica": Refusal("set it with Python's logging", "disable_tqdm", ("warning",)),
         "log_on_each_node": Refusal("the job logs once", "logging_steps", (False,)),
         "logging_nan_inf_filter": Refusal("a nan loss is logged as nan", "logging_steps", (False,)),
-        "include_num_input_tokens_seen": Refusal(
-            "num_tokens is always logged", "logging_steps", (False, "no")
-        ),
+        "include_num_input_tokens_seen": Refusal("num_tokens is always logged", "logging_steps", (False, "no")),
         "skip_memory_metrics": Refusal("memory is not logged", "logging_steps", (True,)),
-        "debug": Refusal(
-            "transformers' debug modes hook its own trainer", "logging_first_step", (None, "", [])
-        ),
+        "debug": Refusal("transformers' debug modes hook its own trainer", "logging_first_step", (None, "", [])),
         "trackio_space_id": Refusal("set it as an environment variable of trackio", "project", (None,)),
         "trackio_bucket_id": Refusal("set it as an environment variable of trackio", "project", (None,)),
-        "trackio_static_space_id": Refusal(
-            "set it as an environment variable of trackio", "project", (None,)
-        ),
+        "trackio_static_space_id": Refusal("set it as an environment variable of trackio", "project", (None,)),
         # evaluation
         "do_train": Refusal("megalign sft and grpo train", "max_steps", (True,)),
         "do_eval": Refusal("eval_strategy says it", "eval_strategy", (False,)),
@@ -192,9 +162,7 @@ _TRAINING: dict[str, Refusal] = (
         "save_only_model": Refusal(
             "a checkpoint is for resuming; the model alone is saved at the end", "save_strategy", (False,)
         ),
-        "save_on_each_node": Refusal(
-            "output_dir is on a file system that all nodes share", "output_dir", (False,)
-        ),
+        "save_on_each_node": Refusal("output_dir is on a file system that all nodes share", "output_dir", (False,)),
         "enable_jit_checkpoint": Refusal(NOT_BUILT, "save_steps", (False,)),
         "load_best_model_at_end": Refusal(_BEST, "save_total_limit", (False,)),
         "metric_for_best_model": Refusal(_BEST, "save_total_limit", (None,)),
@@ -240,15 +208,11 @@ SFT: Mapping[str, Refusal] = _TRAINING | {
     ),
     "pad_token": Refusal("batches are packed and never padded", "eos_token", (None,)),
     "padding_free": Refusal("batches are always packed, never padded", "packing", (True,)),
-    "remove_unused_columns": Refusal(
-        "columns that SFT does not read are dropped", "dataset_text_field", (True,)
-    ),
+    "remove_unused_columns": Refusal("columns that SFT does not read are dropped", "dataset_text_field", (True,)),
 }
 
 GRPO: Mapping[str, Refusal] = _TRAINING | {
-    "remove_unused_columns": Refusal(
-        "every column goes to the reward functions", "reward_funcs", (False, None)
-    ),
+    "remove_unused_columns": Refusal("every column goes to the reward functions", "reward_funcs", (False, None)),
     "cast_lm_head_to_fp32": Refusal("the softmax is in fp32 as it is", "bf16", (False,)),
     "ds3_gather_for_generation": Refusal(_SPLIT, "vllm_tensor_parallel_size", (True,)),
     "cache_implementation": Refusal(_HF_GENERATE, "vllm_gpu_memory_utilization", (None,)),

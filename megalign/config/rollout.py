@@ -85,16 +85,14 @@ class RolloutConfig(Config):
         super().validate(world_size)
         if world_size % self.vllm_tensor_parallel_size:
             raise UserError(
-                f"vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} must divide the world size "
-                f"{world_size}; "
+                f"vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} must divide the world size {world_size}; "
                 "use one of its divisors"
             )
         limit = self.vllm_max_model_length
         if limit is not None and limit <= self.max_completion_length:
             raise UserError(
-                f"vllm_max_model_length {limit} must exceed max_completion_length "
-                f"{self.max_completion_length} to leave "
-                "room for the prompt; raise it or shorten the completions"
+                f"vllm_max_model_length {limit} must exceed max_completion_length {self.max_completion_length} to "
+                "leave room for the prompt; raise it or shorten the completions"
             )
         self._validate_importance_range()
 
@@ -102,13 +100,11 @@ class RolloutConfig(Config):
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise UserError(
-                f"vllm_importance_sampling_clip_min {low} must be below vllm_importance_sampling_clip_max "
-                f"{high}; "
+                f"vllm_importance_sampling_clip_min {low} must be below vllm_importance_sampling_clip_max {high}; "
                 "lower the first or raise the second"
             )
         if self.vllm_importance_sampling_correction and low is None and high is None:
             raise UserError(
-                "vllm_importance_sampling_clip_max=None with no vllm_importance_sampling_clip_min corrects "
-                "without a "
+                "vllm_importance_sampling_clip_max=None with no vllm_importance_sampling_clip_min corrects without a "
                 "bound; give one of them, or vllm_importance_sampling_correction=False"
             )

@@ -54,10 +54,13 @@ class SFTConfig(LoopConfig, ParallelConfig):
     """nll, or dft (each token weighed by its own probability, arXiv 2508.05629)."""
 
     def validate(self, world_size: int) -> None:
-        """Packing needs a length to pack to."""
+        """Packing needs a length to pack to, and keeps the start of what is longer."""
         super().validate(world_size)
         packs = self.packing or bool(self.eval_packing)
         if packs and self.max_length is None:
+            raise UserError("packing=True needs max_length, the size of a pack, which is None; give e.g. 1024")
+        if packs and self.truncation_mode == "keep_end":
             raise UserError(
-                "packing=True needs max_length, the size of a pack, which is None; give e.g. 1024"
+                "truncation_mode='keep_end' has no effect on packs: packing_strategy says what becomes of rows longer "
+                "than max_length; use keep_start, or packing=False"
             )

@@ -146,9 +146,7 @@ def shard_shape(rule: Rule, architecture: Architecture, tp_size: int) -> tuple[i
     return tuple(shape)
 
 
-def pieces(
-    rule: Rule, architecture: Architecture, *, layer: int | None, tp_rank: int, tp_size: int
-) -> list[Piece]:
+def pieces(rule: Rule, architecture: Architecture, *, layer: int | None, tp_rank: int, tp_size: int) -> list[Piece]:
     """What the shard of TP rank `tp_rank` of `tp_size` is made of, in the order of its rows."""
     shape = shard_shape(rule, architecture, tp_size)
     dim = rule.dim or 0

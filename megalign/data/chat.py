@@ -34,9 +34,7 @@ def load_tokenizer(
         raise UserError(f"{path} holds no tokenizer that loads: {_first_line(error)}") from error
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise UserError(
-                f"eos_token={eos_token!r} is not in the vocabulary of {path}; name one of its tokens"
-            )
+            raise UserError(f"eos_token={eos_token!r} is not in the vocabulary of {path}; name one of its tokens")
         tokenizer.eos_token = eos_token
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(chat_template_path)
@@ -76,13 +74,18 @@ def as_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
     whether a key such as tool_calls is there.
     """
     messages = []
-    for message in conversation:
+    for index, message in enumerate(conversation):
+        if not isinstance(message, Mapping):
+            raise UserError(f"message {index} must have role and content, and is a {type(message).__name__}; mend it")
         kept = {key: value for key, value in message.items() if value is not None}
         if "from" in kept:
             sender = kept.pop("from")
             kept["role"] = _SHAREGPT_ROLES.get(sender, sender)
         if "value" in kept:
             kept["content"] = kept.pop("value")
+        if "role" not in kept:
+            there = ", ".join(map(repr, kept)) or "nothing"
+            raise UserError(f"message {index} has no 'role', only {there}; say whose it is, e.g. 'user'")
         messages.append(kept)
     return messages
 
@@ -96,14 +99,15 @@ def chat_ids(
 ) -> list[int]:
     """The conversation through the chat template; `options` are `tools` and what else the template takes."""
     if tokenizer.chat_template is None:
-        raise UserError(
-            "messages need a chat template and the tokenizer has none; chat_template_path gives one"
-        )
+        raise UserError("messages need a chat template and the tokenizer has none; chat_template_path gives one")
+    options = {**options, "add_generation_prompt": add_generation_prompt}
+    return _rendered(tokenizer, messages, return_dict=False, **options)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Any:
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=False, add_generation_prompt=add_generation_prompt, **options
-        )
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(messages, tokenize=True, **options)
+    except (TemplateError, TypeError) as error:  # a template adds texts, and a content may be a list
         raise UserError(f"the chat template refuses the messages: {_first_line(error)}") from error
 
 
@@ -125,9 +129,7 @@ def assistant_tokens(
     it ends.
     """
     if tokenizer.chat_template is not None and _GENERATION_MARK.search(str(tokenizer.chat_template)):
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
-        )
+        rendered = _rendered(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True, **options)
         return rendered["input_ids"], [bool(bit) for bit in rendered["assistant_masks"]]
 
     whole = chat_ids(tokenizer, messages, options=options)

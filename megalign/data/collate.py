@@ -30,8 +30,7 @@ def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_
     tail = [total - sum(lengths)] if total > sum(lengths) else []
 
     columns = {
-        name: _joined([sequence[name] for sequence in sequences], lengths, total, torch.float32)
-        for name in token_names
+        name: _joined([sequence[name] for sequence in sequences], lengths, total, torch.float32) for name in token_names
     }
     masks = [_loss_mask(sequence) for sequence in sequences]
     return Batch(
@@ -52,9 +51,7 @@ def _rounded_up(value: int, multiple: int) -> int:
 def _column_names(sequence: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     others = [name for name in sequence if name not in ("tokens", "loss_mask")]
     is_token_column = {name: isinstance(sequence[name], (Sequence, Tensor)) for name in others}
-    return [name for name in others if is_token_column[name]], [
-        name for name in others if not is_token_column[name]
-    ]
+    return [name for name in others if is_token_column[name]], [name for name in others if not is_token_column[name]]
 
 
 def _check(sequence: Mapping[str, Any], token_names: Sequence[str]) -> None:

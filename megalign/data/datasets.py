@@ -14,7 +14,7 @@ from megalign.data.chat import as_messages, assistant_tokens, chat_ids, common_p
 from megalign.data.packing import pack_dataset
 from megalign.data.prompts import prepare_prompts
 from megalign.data.reading import load_rows, load_split, once_per_job
-from megalign.data.rows import Row, needed
+from megalign.data.rows import Row, check_tokens, needed
 from megalign.errors import UserError
 
 __all__ = ["load_rows", "load_split", "once_per_job", "prepare_prompts", "prepare_sft"]
@@ -33,13 +33,18 @@ class SFTFormat(NamedTuple):
 
 
 def prepare_sft(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase | None, args: Any, *, packing: bool | None = None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: Any,
+    *,
+    packing: bool | None = None,
+    vocab_size: int | None = None,
 ) -> Dataset:
-    """Rows of any SFT format -> `input_ids` and `loss_mask` (with packing also `seq_lengths`), cut to
-    max_length.
+    """Rows of any SFT format -> `input_ids` and `loss_mask` (with packing also `seq_lengths`), cut to max_length.
 
     `packing` overrides args.packing (evaluation). Rows without a loss token are dropped, before packing
-    nothing is. Tokenized rows (`input_ids`) need no tokenizer.
+    nothing is. Tokenized rows (`input_ids`) need no tokenizer. Tokens must be below the model's `vocab_size`,
+    where that is given.
     """
     form = SFTFormat(args.dataset_text_field, args.completion_only_loss, args.assistant_only_loss)
     if "input_ids" not in dataset.column_names and tokenizer is None:
@@ -47,14 +52,14 @@ def prepare_sft(
     rows = dataset.map(
         tokenized_row,
         with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "form": form},
+        fn_kwargs={"tokenizer": tokenizer, "form": form, "vocab_size": vocab_size},
         remove_columns=dataset.column_names,
         num_proc=args.dataset_num_proc,
         desc="Tokenizing",
     )
     if args.packing if packing is None else packing:
         # Neighbours in the file may be alike; a pack of them would correlate what a microbatch learns from.
-        rows = rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+        rows = rows.shuffle(seed=args.data_order_seed) if args.shuffle_dataset else rows
         return pack_dataset(rows, args.max_length, args.packing_strategy)
     return _cut(rows, args.max_length, args.truncation_mode)
 
@@ -69,23 +74,24 @@ def _cut(rows: Dataset, max_length: int | None, truncation_mode: str) -> Dataset
             f"none of the {len(rows)} rows has a loss token within max_length={max_length} tokens; raise it"
         )
     if len(trained) < len(rows):
-        logger.warning(
-            "%d of %d rows have no loss token and are dropped", len(rows) - len(trained), len(rows)
-        )
+        logger.warning("%d of %d rows have no loss token and are dropped", len(rows) - len(trained), len(rows))
     return trained
 
 
 def tokenized_row(
-    row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase | None, form: SFTFormat
+    row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase | None, form: SFTFormat, vocab_size: int | None
 ) -> dict[str, list[Any]]:
     """One row -> its `input_ids` and `loss_mask`; an error names the row by its number, counted from 0."""
     try:
         if "input_ids" in row:
-            return _from_tokens(row, form)
-        assert tokenizer is not None, "checked for the dataset"
-        return _from_text(row, tokenizer, form)
+            tokenized = _from_tokens(row, form)
+        else:
+            assert tokenizer is not None, "checked for the dataset"
+            tokenized = _from_text(row, tokenizer, form)
+        check_tokens(tokenized["input_ids"], vocab_size)
     except UserError as error:
         raise UserError(f"dataset row {index}: {error}") from error
+    return tokenized
 
 
 def _from_tokens(row: Row, form: SFTFormat) -> dict[str, list[Any]]:
@@ -147,9 +153,7 @@ def _from_plain_text(text: Any, tokenizer: PreTrainedTokenizerBase, form: SFTFor
     if not isinstance(text, str):
         raise UserError(f"{form.text_field!r} must be text, not {type(text).__name__}")
     if form.completion_only_loss:
-        raise UserError(
-            "completion_only_loss=True needs rows with prompt and completion, and this is plain text"
-        )
+        raise UserError("completion_only_loss=True needs rows with prompt and completion, and this is plain text")
     ids = tokenizer(text=_ended(text, tokenizer))["input_ids"]
     return {"input_ids": ids, "loss_mask": [True] * len(ids)}
 
@@ -191,7 +195,11 @@ def _completion_mask(prompt_ids: list[int], ids: list[int], tokenizer: PreTraine
 
 def _template_options(row: Row) -> dict[str, Any]:
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"its 'tools' must be a list of tools or the JSON text of one: {error}") from error
     # `or None`: Llama's template describes how to call tools even when the list is empty.
     return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
 
@@ -231,7 +239,5 @@ def _from_turns(
 
 def _some_assistant(mask: list[bool]) -> list[bool]:
     if not any(mask):
-        raise UserError(
-            "assistant_only_loss=True finds no token of an assistant; give messages of role 'assistant'"
-        )
+        raise UserError("assistant_only_loss=True finds no token of an assistant; give messages of role 'assistant'")
     return mask

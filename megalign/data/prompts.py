@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megalign.data.chat import as_messages, chat_ids, is_conversation
-from megalign.data.rows import Row, needed
+from megalign.data.rows import Row, check_tokens, needed
 from megalign.errors import UserError
 
 
@@ -19,17 +19,16 @@ def prepare_prompts(
     args: Any,
     *,
     max_positions: int | None = None,
-    required: Sequence[str] = (),
+    vocab_size: int | None = None,
 ) -> Dataset:
     """Rows with a `prompt` (text or messages) -> the same rows with `prompt_ids`, every other column kept.
 
     A prompt must leave room for max_completion_length in vllm_max_model_length or, if that is not set, in the
-    model's `max_positions`. `required` are further columns that no row may lack, e.g. those a reward reads.
+    model's `max_positions`; its tokens must be below the model's `vocab_size`, where that is given.
     """
-    for name in ("prompt", *required):
-        if name not in dataset.column_names:
-            columns = ", ".join(map(repr, dataset.column_names))
-            raise UserError(f"dataset row 0: it has no {name!r}, only {columns}; add or rename the column")
+    if "prompt" not in dataset.column_names:
+        columns = ", ".join(map(repr, dataset.column_names))
+        raise UserError(f"dataset row 0: it has no 'prompt', only {columns}; add or rename the column")
     room = max_positions if args.vllm_max_model_length is None else args.vllm_max_model_length
     limit = None if room is None else room - args.max_completion_length
     if limit is not None and limit < 1:
@@ -43,8 +42,8 @@ def prepare_prompts(
         fn_kwargs={
             "tokenizer": tokenizer,
             "options": args.chat_template_kwargs or {},
-            "required": tuple(required),
             "limit": limit,
+            "vocab_size": vocab_size,
         },
         desc="Tokenizing prompts",
     )
@@ -56,14 +55,13 @@ def prompt_row(
     *,
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any],
-    required: Sequence[str],
     limit: int | None,
+    vocab_size: int | None,
 ) -> dict[str, list[int]]:
     """One row -> its `prompt_ids`; an error names the row by its number, counted from 0."""
     try:
-        for name in ("prompt", *required):
-            needed(row, name)
-        ids = _prompt_ids(row["prompt"], tokenizer, options)
+        ids = _prompt_ids(needed(row, "prompt"), tokenizer, options)
+        check_tokens(ids, vocab_size)
     except UserError as error:
         raise UserError(f"dataset row {index}: {error}") from error
     if limit is not None and len(ids) > limit:

@@ -47,17 +47,13 @@ def load_rows(
     if path.is_dir():
         return _chosen(_read_directory(path, field), split, f"{field}={name!r}", only_split)
     if path.is_absolute() or name.startswith((".", "~")) or path.suffix in _READERS:
-        raise UserError(
-            f"{field}={name!r} does not exist; give a .jsonl or .parquet file, a directory or a hub name"
-        )
+        raise UserError(f"{field}={name!r} does not exist; give a .jsonl or .parquet file, a directory or a hub name")
     return _from_hub(name, config, split, field, only_split)
 
 
 def _read_files(path: str, suffix: str, field: str) -> DatasetDict:
     if suffix not in _READERS:
-        raise UserError(
-            f"{field}={path!r} ends in {suffix!r}; files that are read end in {', '.join(_READERS)}"
-        )
+        raise UserError(f"{field}={path!r} ends in {suffix!r}; files that are read end in {', '.join(_READERS)}")
     try:
         return load_dataset(_READERS[suffix], data_files=path)
     except DatasetGenerationError as error:
@@ -72,9 +68,7 @@ def _read_directory(path: Path, field: str) -> DatasetDict:
         return DatasetDict({"train": load_from_disk(str(path))})
     suffixes = {file.suffix for file in path.rglob("*") if file.suffix in _READERS}
     if not suffixes:
-        raise UserError(
-            f"{field}={str(path)!r} holds no {', '.join(_READERS)} files; name a directory that does"
-        )
+        raise UserError(f"{field}={str(path)!r} holds no {', '.join(_READERS)} files; name a directory that does")
     try:
         return load_dataset(str(path))
     except DatasetGenerationError as error:
@@ -88,9 +82,7 @@ def _from_hub(name: str, config: str | None, split: str, field: str, only_split:
         builder.download_and_prepare()
     except (OSError, ValueError) as error:  # no such name, no network, no such config
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{field}={name!r} is no file or directory here, and the hub says: {reason}"
-        ) from error
+        raise UserError(f"{field}={name!r} is no file or directory here, and the hub says: {reason}") from error
     return _chosen(builder.as_dataset(), split, f"{field}={name!r}", only_split)
 
 
@@ -126,9 +118,7 @@ def once_per_job(make: Callable[[], Dataset], directory: str) -> Dataset:
     if kind == "error":
         raise UserError(value)
     if not Path(value).is_dir():
-        raise UserError(
-            f"output_dir={directory!r} is not shared by all nodes ({value} is missing); use one that is"
-        )
+        raise UserError(f"output_dir={directory!r} is not shared by all nodes ({value} is missing); use one that is")
     return load_from_disk(value)
 
 

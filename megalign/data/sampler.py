@@ -17,9 +17,7 @@ class EpochSampler:
     TRL's way for GRPO).
     """
 
-    def __init__(
-        self, num_rows: int, global_batch: int, *, seed: int, shuffle: bool, drop_last: bool = False
-    ) -> None:
+    def __init__(self, num_rows: int, global_batch: int, *, seed: int, shuffle: bool, drop_last: bool = False) -> None:
         if num_rows < (global_batch if drop_last else 1):
             raise UserError(
                 f"the dataset has {num_rows} rows and a batch takes {global_batch if drop_last else 1}; "
@@ -65,11 +63,6 @@ class EpochSampler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on where `state_dict` was taken."""
         self.epoch, self.position = state["epoch"], state["position"]
-
-
-def repeated(rows: Sequence[int], times: int) -> list[int]:
-    """Each row `times` times, side by side: the prompts of a generation batch, a group for each."""
-    return [row for row in rows for _ in range(times)]
 
 
 def shard(rows: Sequence[int], *, dp_rank: int, dp_size: int, micro_batch: int) -> list[list[int]]:

@@ -73,6 +73,8 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     megatron_patches.install()
     start_distributed(timeout_s)
     layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    if _made is not None and _made[1].world.group is not dist.group.WORLD:
+        _made = None  # the job's groups were ended, and Megatron's with them
     if _made is not None and _made[0] == layout:
         return _made[1]
     world, model = dist.get_world_size(), math.prod(layout)
@@ -98,7 +100,7 @@ def _make(layout: _Layout, timeout_s: float) -> ParallelGroups:
             tensor_model_parallel_size=layout[0],
             pipeline_model_parallel_size=layout[1],
             context_parallel_size=layout[2],
-            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
     return ParallelGroups(
         world=_axis(dist.group.WORLD),
@@ -130,6 +132,11 @@ def start_distributed(timeout_s: float) -> None:
     """Joins the job that torchrun or Slurm describes in the environment; alone, makes a job of one rank."""
     if dist.is_initialized():
         device.select_device()
+        if "cpu" not in dist.get_backend_config():
+            raise UserError(
+                f"torch.distributed was started with backend {dist.get_backend()!r}, which cannot carry CPU tensors; "
+                f"start it with {device.backend()!r}, or leave it to megalign"
+            )
         return
     launch.prepare_environment()
     device.select_device()

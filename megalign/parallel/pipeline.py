@@ -34,7 +34,8 @@ def train(
     # N counts all tokens fed to the model, loss tokens or not: it cancels in our loss, and Megatron's
     # router scales its auxiliary loss by it.
     fed = torch.tensor([sum(batch.num_tokens for batch in batches)], device=device.device())
-    dist.all_reduce(fed, group=groups.dp.group)
+    if groups.dp.size > 1:
+        dist.all_reduce(fed, group=groups.dp.group)
     num_tokens = int(fed)
 
     def forward_step(stream: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:

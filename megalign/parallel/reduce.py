@@ -16,7 +16,8 @@ def reduce_counts(batches: list[Batch], groups: ParallelGroups) -> Counts:
     """Loss tokens and sequences over all microbatches and data-parallel ranks."""
     local = [sum(int(batch["loss_mask"].sum()) for batch in batches), sum(batch.num_sequences for batch in batches)]
     totals = torch.tensor(local, dtype=torch.float64, device=device.device())
-    dist.all_reduce(totals, group=groups.dp.group)
+    if groups.dp.size > 1:
+        dist.all_reduce(totals, group=groups.dp.group)
     return Counts(tokens=float(totals[0]), sequences=float(totals[1]))
 
 
@@ -32,7 +33,8 @@ def reduce_metrics(metrics: list[dict[str, Metric]], groups: ParallelGroups) -> 
                 [torch.stack([microbatch[name].value.double() for name in names]) for microbatch in metrics]
             )
             local = stacked.sum(0) if how == "sum" else stacked.amin(0) if how == "min" else stacked.amax(0)
-            dist.all_reduce(local, operation, group=groups.dp.group)
+            if groups.dp.size > 1:
+                dist.all_reduce(local, operation, group=groups.dp.group)
             reduced.update(zip(names, local.tolist(), strict=True))
         reduced = {name: reduced[name] for name in metrics[0]}
     if groups.pp.size > 1:

@@ -1,7 +1,7 @@
 """Log-probability and entropy of given tokens from hidden states, on a vocabulary split over tensor ranks.
 
 Neither the logits of the batch nor the whole vocabulary exist in one place: head and softmax run in token
-chunks, forward and again in backward, in fp32.
+chunks, forward and again in backward. Logits come in the weights' dtype, as vLLM's do; the softmax is in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megalign.parallel.groups import Axis
 
-CHUNK_ELEMENTS = 2**23  # logits alive at once: 32 MB in fp32
+# Logits alive at once: 32 MB in fp32 stay near a CPU's caches; a GPU wants larger matrices, here of 256 MB.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class TokenScores(NamedTuple):
@@ -45,7 +46,7 @@ class _TokenScores(torch.autograd.Function):
         shard = _Shard(weight, bias, vocab_size, tp)
         parts = [
             shard.scores(hidden[rows], labels[rows], None if temperature is None else temperature[rows])
-            for rows in _chunks(hidden.shape[0], weight.shape[0])
+            for rows in _chunks(hidden, weight)
         ]
         if parts:
             logprobs, entropy, correct, log_normaliser = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -54,16 +55,19 @@ class _TokenScores(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, log_normaliser, entropy)
         ctx.vocab_size, ctx.tp = vocab_size, tp
         ctx.mark_non_differentiable(correct)
+        ctx.set_materialize_grads(False)  # most losses leave the entropy alone
         return logprobs, entropy, correct
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, _grad_correct):  # noqa: ANN001, ANN205
         hidden, weight, bias, labels, temperature, log_normaliser, entropy = ctx.saved_tensors
         shard = _Shard(weight, bias, ctx.vocab_size, ctx.tp)
+        if grad_logprobs is None:
+            grad_logprobs = torch.zeros_like(log_normaliser)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight: Tensor | None = None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], weight.shape[0]):
+        for rows in _chunks(hidden, weight):
             scale = None if temperature is None else temperature[rows]
             grad_logits = shard.grad_logits(
                 hidden[rows],
@@ -72,7 +76,7 @@ class _TokenScores(torch.autograd.Function):
                 log_normaliser[rows],
                 entropy[rows],
                 grad_logprobs[rows],
-                grad_entropy[rows],
+                None if grad_entropy is None else grad_entropy[rows],
             )
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
@@ -134,13 +138,13 @@ class _Shard:
         log_normaliser: Tensor,
         entropy: Tensor,
         grad_logprobs: Tensor,
-        grad_entropy: Tensor,
+        grad_entropy: Tensor | None,
     ) -> Tensor:
         """d logprob = onehot - p; d entropy = -p (log p + entropy); both over the temperature."""
         log_p = self.logits(hidden, temperature).sub_(log_normaliser[:, None])
         p = log_p.exp()
         grad = -p * grad_logprobs[:, None]
-        if bool(grad_entropy.any()):
+        if grad_entropy is not None:
             log_p[:, self.num_real :] = 0.0
             grad -= p * (log_p + entropy[:, None]) * grad_entropy[:, None]
         inside, local = self._locate(labels)
@@ -153,6 +157,6 @@ class _Shard:
         return inside, local.where(inside, 0)
 
 
-def _chunks(num_tokens: int, vocab: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // max(1, vocab))
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS[hidden.device.type] // max(1, len(weight)))
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]

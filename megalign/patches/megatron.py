@@ -1,7 +1,8 @@
 """What Megatron-Core 0.16-0.19 needs to run on CPU and gloo, and three repairs of its optimizer checkpoints.
 
-`install()` once a process; `megatron_calls()` around every call into Megatron (schedules, optimizer, model
-construction). Outside that context torch is untouched, so that vLLM in the same process does not pay.
+`install()` once a process: without a GPU it replaces torch.cuda's functions for good. `megatron_calls()` goes
+around every call into Megatron (schedules, optimizer, model construction): its look at every torch call is paid
+there only, not by vLLM in the same process.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megalign.device import on_cuda
+from megalign.device import device, on_cuda
 from megalign.errors import UserError
 
 _PAGE = 4096
@@ -45,7 +45,8 @@ def _name_the_job(job: str, rank: int) -> None:
     def with_identity(self: Any) -> tuple[str, int, int]:
         _, environment_rank, local_rank = distributed_args(self)
         assert environment_rank == rank, f"RANK={environment_rank} but this is rank {rank} of the job"
-        return address, rank, local_rank
+        # vLLM takes the local rank for the GPU's index, which is another one where each rank sees but one GPU.
+        return address, rank, device().index if on_cuda() else local_rank
 
     ExecutorWithExternalLauncher._distributed_args = with_identity
 
@@ -56,9 +57,7 @@ def check_head_size(size: int) -> None:
 
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
-        raise UserError(
-            f"head_dim {size} must be one of {sizes} for vLLM on a CPU; use another model or a GPU"
-        )
+        raise UserError(f"head_dim {size} must be one of {sizes} for vLLM on a CPU; use another model or a GPU")
 
 
 def unlink_shared_memory(job: str) -> None:

@@ -19,9 +19,7 @@ from megalign.resharding.layout import Key, LocalTensor, OwnedPiece, Plan, local
 _ALIGNMENT = 16  # a piece starts where any dtype may be viewed
 
 
-def named_slices(
-    chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture
-) -> Iterator[Slice]:
+def named_slices(chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture) -> Iterator[Slice]:
     """This rank's part of the model, as views; over the ranks of a model copy every element comes once."""
     for rule, tensor, pieces in local_tensors(chunks, groups, architecture).values():
         if rule.duplicate or (rule.dim is None and groups.tp.rank > 0):

@@ -77,9 +77,7 @@ def local_tensors(
             tensors[key] = _local_tensor(rule, layer, found.pop(key), groups, architecture)
     if found:
         names = ", ".join(layer_name(*key) for key in found)
-        raise UserError(
-            f"{architecture.family} has no rule for Megatron's {names}; write it in megalign/conversion"
-        )
+        raise UserError(f"{architecture.family} has no rule for Megatron's {names}; write it in megalign/conversion")
     return tensors
 
 
@@ -90,9 +88,7 @@ def plan_of(chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: A
     return _PLANS[chunks[0]]
 
 
-def gather_holders(
-    chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture
-) -> list[Holder]:
+def gather_holders(chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture) -> list[Holder]:
     """What every rank of the model copy holds, in the order of groups.mp.ranks."""
     local = local_tensors(chunks, groups, architecture)
     mine = Holder(groups.tp.rank, groups.pp.rank, {key: item.tensor.dtype for key, item in local.items()})

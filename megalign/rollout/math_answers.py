@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
 
 
 class MathAnswers:
-    """Judges answers one by one in a subprocess, started at the first use and again after a time-out."""
+    """Judges answers one by one in a subprocess, started at the first use and again where it is lost."""
 
     def __init__(self, seconds_an_answer: float = _SECONDS_AN_ANSWER) -> None:
         self._seconds = seconds_an_answer
@@ -47,15 +47,20 @@ class MathAnswers:
             return Verdict(0.0, "[incomplete reasoning]", "[incomplete reasoning]")
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps([answer, gold]) + "\n")
-        process.stdin.flush()
-        line = _read_line(process.stdout, self._seconds)
+        try:
+            process.stdin.write(json.dumps([answer, gold]) + "\n")
+            process.stdin.flush()
+            line = _read_line(process.stdout, self._seconds)
+        except BrokenPipeError:
+            line = ""
         if not line:  # too slow, or sympy ran out of memory: no answer that a reader could check either
             self._end()
             return Verdict(0.0, gold, "[no verdict in time]")
         return Verdict(*json.loads(line))
 
     def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()  # killed between two answers, say by the kernel for its memory
         if self._process is None:
             atexit.register(self._end)
             self._process = subprocess.Popen(
@@ -119,9 +124,7 @@ def _judge_with_math_verify() -> Any:
         gold_parsed = parse(gold, parsing_timeout=10)
         if not gold_parsed:
             return Verdict(None, "[unparseable]", "[skipped]")
-        parsed = parse(
-            answer, extraction_config=[extraction], extraction_mode="first_match", parsing_timeout=10
-        )
+        parsed = parse(answer, extraction_config=[extraction], extraction_mode="first_match", parsing_timeout=10)
         equal = verify(gold_parsed, parsed, timeout_seconds=5)
         return Verdict(float(equal), str(gold_parsed), str(parsed) if parsed else "[unparseable]")
 

@@ -9,9 +9,7 @@ from megalign.parallel.groups import ParallelGroups
 from megalign.rollout.engine import RolloutEngine
 
 
-def redistribute(
-    completions: list[Completion], rollout: RolloutEngine, groups: ParallelGroups
-) -> list[Completion]:
+def redistribute(completions: list[Completion], rollout: RolloutEngine, groups: ParallelGroups) -> list[Completion]:
     """All completions of the job on every rank, in the order of the prompts.
 
     One broadcast for each replica, from its first rank: an all-gather of objects would pad every rank's part

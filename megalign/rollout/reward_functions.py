@@ -107,9 +107,7 @@ def get_cosine_scaled_reward(
             if correct is None:
                 rewards.append(None)
                 continue
-            short, long = (
-                (max_value_correct, min_value_correct) if correct else (min_value_wrong, max_value_wrong)
-            )
+            short, long = (max_value_correct, min_value_correct) if correct else (min_value_wrong, max_value_wrong)
             # Beyond max_len the cosine would rise again.
             progress = min(len(ids) / max_len, 1.0)
             rewards.append(long + 0.5 * (short - long) * (1.0 + math.cos(progress * math.pi)))
@@ -145,9 +143,7 @@ def resolve(name: str) -> RewardFunction:
             "rewards.py and give rewards.py:reward"
         )
     if os.path.isdir(name):
-        raise UserError(
-            f"reward function {name!r} is a directory: reward models are not built yet; give a function"
-        )
+        raise UserError(f"reward function {name!r} is a directory: reward models are not built yet; give a function")
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return _attribute(name, _module_from_file(path), attribute)
@@ -192,18 +188,14 @@ def _attribute(name: str, module: Any, attribute: str) -> RewardFunction:
     members = vars(module)
     if callable(members.get(attribute)):
         return members[attribute]
-    functions = [
-        member for member, value in members.items() if callable(value) and not member.startswith("_")
-    ]
+    functions = [member for member, value in members.items() if callable(value) and not member.startswith("_")]
     near = difflib.get_close_matches(attribute, functions, n=1)
     meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(functions)) or 'no function'}"
     raise UserError(f"reward function {name!r}: {attribute!r} is no function of {module.__name__}; {meant}")
 
 
 def _texts(completions: Completions) -> list[str]:
-    return [
-        completion if isinstance(completion, str) else completion[0]["content"] for completion in completions
-    ]
+    return [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
 
 
 def _after_reasoning(text: str, delimiters: list[str]) -> str | None:

@@ -53,14 +53,10 @@ class _Share:
 class RewardRunner:
     """Calls reward functions with TRL's arguments; sync ones in turn, async ones together."""
 
-    def __init__(
-        self, reward_funcs: Sequence[str | RewardFunction], groups: ParallelGroups, *, timeout: float
-    ) -> None:
+    def __init__(self, reward_funcs: Sequence[str | RewardFunction], groups: ParallelGroups, *, timeout: float) -> None:
         if not reward_funcs:
             raise UserError("no reward function was given; pass reward_funcs, for example length_reward")
-        self.functions = [
-            resolve(func) if isinstance(func, str) else _callable(func) for func in reward_funcs
-        ]
+        self.functions = [resolve(func) if isinstance(func, str) else _callable(func) for func in reward_funcs]
         self.names = [_name(func) for func in self.functions]
         self._groups = groups
         self._timeout = timeout
@@ -107,9 +103,7 @@ class RewardRunner:
         elif scoring.error is not None:
             share.error = scoring.error
         elif None in scoring.rewards:  # SystemExit and the like end a thread without a word
-            share.error = (
-                f"reward function {scoring.unfinished()} ended its thread; it must return its rewards"
-            )
+            share.error = f"reward function {scoring.unfinished()} ended its thread; it must return its rewards"
         else:
             share.rewards, share.extra, share.metrics = scoring.rewards, scoring.extra, scoring.metrics
 
@@ -128,9 +122,7 @@ class RewardRunner:
         rewards = [torch.tensor(share.rewards, dtype=torch.float32).T for share in shares]
         columns = list(dict.fromkeys(column for share in shares for column in share.extra))
         names = list(dict.fromkeys(name for share in shares for name in share.metrics))
-        reported = {
-            name: [value for share in shares for value in share.metrics.get(name, [])] for name in names
-        }
+        reported = {name: [value for share in shares for value in share.metrics.get(name, [])] for name in names}
         return RewardResult(
             rewards=torch.cat(rewards) if rewards else torch.empty(0, len(self.functions)),
             extra={
@@ -201,9 +193,7 @@ class _Scoring:
         if hasattr(values, "tolist"):  # numpy and torch
             values = values.tolist()
         if not isinstance(values, Sequence) or isinstance(values, str):
-            raise UserError(
-                f"it returned {type(values).__name__}; return a list of {self.count} numbers (or None)"
-            )
+            raise UserError(f"it returned {type(values).__name__}; return a list of {self.count} numbers (or None)")
         if len(values) != self.count:
             raise UserError(
                 f"it returned {len(values)} values for {self.count} completions; return one for each, None "
@@ -214,8 +204,7 @@ class _Scoring:
     def _log_extra(self, column: str, values: Sequence[Any]) -> None:
         if len(values) != self.count:
             raise UserError(
-                f"log_extra({column!r}) has {len(values)} values for {self.count} completions; "
-                "give one for each"
+                f"log_extra({column!r}) has {len(values)} values for {self.count} completions; give one for each"
             )
         self.extra[column] = list(values)
 
@@ -225,9 +214,7 @@ class _Scoring:
 
 def _arguments(completions: list[Completion], prompts: list[Any], texts: list[str]) -> dict[str, Any]:
     """TRL's keyword arguments of a reward function; dataset columns are lists."""
-    columns = dict.fromkeys(
-        name for completion in completions for name in completion.row if name not in _NOT_COLUMNS
-    )
+    columns = dict.fromkeys(name for completion in completions for name in completion.row if name not in _NOT_COLUMNS)
     return {
         **{name: [completion.row.get(name) for completion in completions] for name in columns},
         "prompts": prompts,
@@ -247,8 +234,7 @@ def _number(index: int, value: Any) -> float:
         return math.nan
     if not isinstance(value, numbers.Real) or math.isinf(value):
         raise UserError(
-            f"it returned {value!r} for completion {index}; return a finite number, or None where it does "
-            "not apply"
+            f"it returned {value!r} for completion {index}; return a finite number, or None where it does not apply"
         )
     return float(value)
 
@@ -256,8 +242,7 @@ def _number(index: int, value: Any) -> float:
 def _callable(function: Any) -> RewardFunction:
     if isinstance(function, torch.nn.Module):
         raise UserError(
-            f"reward function {type(function).__name__} is a model: reward models are not built yet; "
-            "give a function"
+            f"reward function {type(function).__name__} is a model: reward models are not built yet; give a function"
         )
     if not callable(function):
         raise UserError(f"reward function {function!r} is neither a function nor a name; give one of them")

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from megalign import device
 from megalign.batch import Completion
-from megalign.conversion.hf_files import HfReader
+from megalign.conversion.families import architecture_of, rules_of
+from megalign.conversion.hf_files import read_config
+from megalign.conversion.rules import hf_shapes
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.patches import vllm as vllm_patches
@@ -47,6 +49,11 @@ _FIELDS_OF_THEIR_OWN = {
     "seed": "seed",
 }
 _ENGINES_OWN = {"logprobs", "prompt_logprobs", "detokenize", "output_kind", "flat_logprobs", "skip_clone"}
+# Values of one of these end a completion, or change it, in a way that Completion has no word for.
+_REFUSED = {
+    "repetition_detection": "stop, max_completion_length and repetition_penalty bound a completion",
+    "trace_decode_token_ids": "completions are sampled, not given",
+}
 _NEED_TOKENIZER = {"stop", "bad_words"}
 _TAGS = ("weights", "kv_cache")
 
@@ -55,18 +62,13 @@ class VllmEngine:
     """One vLLM replica's share in this rank; see `RolloutEngine` for the methods."""
 
     def __init__(self, model_path: str, args: RolloutConfig, groups: ParallelGroups) -> None:
-        if groups.world.size % args.vllm_tensor_parallel_size:
-            raise UserError(
-                f"vllm_tensor_parallel_size {args.vllm_tensor_parallel_size} must divide the world size "
-                f"{groups.world.size}; use one of its divisors"
-            )
         self.num_replicas = groups.world.size // args.vllm_tensor_parallel_size
         self._replica = groups.world.rank // args.vllm_tensor_parallel_size
         self._sleep_mode = args.vllm_enable_sleep_mode
         self._asleep: set[str] = set()
         self._has_weights = False  # vLLM starts with dummy weights
-        reader = HfReader(model_path)
-        self._expected = _expected_names(reader)
+        architecture = architecture_of(read_config(model_path))
+        self._expected = hf_shapes(rules_of(architecture), architecture).keys()
         self._vllm = _import_vllm()
         _check_names(args.generation_kwargs or {}, self._vllm)
         job = _job_name(groups)
@@ -129,17 +131,14 @@ class VllmEngine:
         last = len(prompts) * (self._replica + 1) // self.num_replicas
         if first == last:
             return []
-        with (
-            _untouched_rngs()
-        ):  # vLLM draws from torch's default generator even when every request has a seed
+        # vLLM draws from torch's default generator even when every request has a seed.
+        with _untouched_rngs():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts[first:last]],
                 [self._sampling_params(params, seed) for seed in seeds[first:last]],
                 use_tqdm=False,
             )
-        return [
-            _completion(index, output, policy_version) for index, output in enumerate(outputs, start=first)
-        ]
+        return [_completion(index, output, policy_version) for index, output in enumerate(outputs, start=first)]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """See RolloutEngine; streams into the worker, which loads layer by layer."""
@@ -215,9 +214,7 @@ class VllmEngine:
                 **extra,
             )
         except (ValueError, TypeError, self._vllm.exceptions.VLLMValidationError) as error:
-            raise UserError(
-                f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}"
-            ) from error
+            raise UserError(f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}") from error
 
 
 def _import_vllm() -> Any:
@@ -265,26 +262,16 @@ def _job_name(groups: ParallelGroups) -> str:
     return name[0]
 
 
-def _expected_names(reader: HfReader) -> set[str]:
-    """The tensors of a complete stream of weights: the directory's, without what a model recomputes."""
-    tied = reader.config.get("tie_word_embeddings", False)
-    return {
-        name
-        for name in reader.names()
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")
-    }
-
-
 def _check_names(extra: Iterable[str], vllm: Any) -> None:
     """generation_kwargs may name any field of vLLM's SamplingParams that is not somebody else's."""
     known = {name for name in vllm.SamplingParams.__struct_fields__ if not name.startswith("_")}
     for name in extra:
         if name in _FIELDS_OF_THEIR_OWN:
-            raise UserError(
-                f"generation_kwargs[{name!r}] has a field of its own; set {_FIELDS_OF_THEIR_OWN[name]}"
-            )
+            raise UserError(f"generation_kwargs[{name!r}] has a field of its own; set {_FIELDS_OF_THEIR_OWN[name]}")
         if name in _ENGINES_OWN:
             raise UserError(f"generation_kwargs[{name!r}] is set by the rollout engine; leave it out")
+        if name in _REFUSED:
+            raise UserError(f"generation_kwargs[{name!r}] is refused: {_REFUSED[name]}; leave it out")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"did you mean {near[0]}?" if near else "see vLLM's documentation of SamplingParams"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from transformers import TrainerCallback
 
 from megalign.errors import UserError
@@ -88,6 +88,23 @@ def describe_rows(rows: Dataset) -> str:
     """The number of rows and a short digest of the first and last: enough to know other data by."""
     ends = json.dumps([rows[0], rows[len(rows) - 1]], default=str, sort_keys=True)
     return f"{len(rows)} rows {hashlib.sha256(ends.encode()).hexdigest()[:8]}"
+
+
+def in_memory(rows: Any) -> Any:
+    """Rows that were loaded from a directory (None, one Dataset or a mapping of them), without it."""
+    if rows is None:
+        return None
+    if isinstance(rows, Mapping):
+        return {name: in_memory(part) for name, part in rows.items()}
+    files = rows.cache_files
+    return load_from_disk(str(Path(files[0]["filename"]).parent), keep_in_memory=True) if files else rows
+
+
+def check_evaluation(args: Any, eval_dataset: Any) -> None:
+    """Rows to evaluate on, where the config asks for an evaluation."""
+    if args.evaluates and eval_dataset is None:
+        asked = f"eval_strategy={args.eval_strategy!r}" if args.eval_strategy != "no" else "eval_on_start=True"
+        raise UserError(f"{asked} needs an eval_dataset; give one, or eval_strategy=no and eval_on_start=False")
 
 
 def check_callbacks(callbacks: Any) -> Sequence[Any] | None:

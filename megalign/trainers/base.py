@@ -6,6 +6,7 @@ that yields after each optimizer step; what happens between two steps is here.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,13 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from megalign import launch
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
+from megalign.conversion.families import architecture_of
+from megalign.conversion.hf_files import read_config
 from megalign.data.chat import load_tokenizer
 from megalign.data.datasets import once_per_job
 from megalign.errors import UserError
+from megalign.model.architecture import check_layout
+from megalign.parallel.control import barrier
 from megalign.parallel.groups import initialize
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments, checkpointing
@@ -44,6 +49,7 @@ DATA_FIELDS = (
     "data_order_seed",
     "shuffle_dataset",
 )
+PREPARED = ".tokenized"  # once_per_job's directory in output_dir
 
 
 class Trainer:
@@ -72,15 +78,14 @@ class Trainer:
         self.args = args
         self.groups = initialize(args, timeout_s=args.ddp_timeout)
         args.validate(self.groups.world.size)
-        if args.eval_strategy != "no" and eval_dataset is None:
-            raise UserError(
-                f"eval_strategy={args.eval_strategy!r} needs an eval_dataset; give one, or eval_strategy=no"
-            )
+        arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
+        check_layout(architecture_of(read_config(self.model_path)), self.groups)
+        self._given_processing_class = processing_class
+        self.processing_class = self.load_tokenizer() if processing_class is None else processing_class
+        self.check()
         arguments.make_output_dir(args.output_dir)
         set_seed(args.seed)
-        self._given_processing_class = processing_class
-        self.processing_class = processing_class or self.load_tokenizer()
         self.train_rows = self._prepare(train_dataset, "train_dataset")
         self.eval_rows = self._prepare(eval_dataset, "eval_dataset")
         self.policy = TrainEngine(self.model_path, args, self.groups)
@@ -96,6 +101,13 @@ class Trainer:
     def load_tokenizer(self) -> Any:
         """The tokenizer when none was given; None where rows may do without."""
         return load_tokenizer(self.model_path) if arguments.has_tokenizer(self.model_path) else None
+
+    def changes_tokenizer(self) -> bool:
+        """Whether `processing_class` is not what the model directory's files say."""
+        return self._given_processing_class is not None
+
+    def check(self) -> None:
+        """Raises what is known to be wrong before rows are prepared and weights are read."""
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """The rows that the trainer works on; called once in the job."""
@@ -143,7 +155,10 @@ class Trainer:
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
             if not (Path(self.args.output_dir) / "config.json").exists():  # killed before the model was written
+                if self.run.update:
+                    self._end_epoch()
                 self.save_model()
+            self._remove_prepared_files()
             return TrainOutput(first_step, 0.0, {})
         self.run.event("on_train_begin")
         if self.args.eval_on_start:
@@ -154,6 +169,7 @@ class Trainer:
                 break
         output = self._finish(started, first_step)
         self.save_model()
+        self._remove_prepared_files()
         return output
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float | None]:
@@ -170,8 +186,8 @@ class Trainer:
         self.policy.wake()
         self.policy.export(path)
         # The engine copies the model directory's own tokenizer files as they are.
-        if self._given_processing_class is not None and self.state.is_world_process_zero:
-            self._given_processing_class.save_pretrained(path)
+        if self.changes_tokenizer() and self.state.is_world_process_zero:
+            self.processing_class.save_pretrained(path)
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """One more callback, as transformers' Trainer.add_callback."""
@@ -207,20 +223,28 @@ class Trainer:
             if self.run.control.should_epoch_stop or self.run.control.should_training_stop:
                 break
         updates.close()
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
         self.run.count_epoch()
         self.run.event("on_epoch_end")
         self._act()
 
     def _act(self) -> None:
         """Logs, evaluates and saves as the callbacks decided."""
+        # Each of the three fires events, in which the callbacks of one rank may decide anew: all ranks must know
+        # before they enter the next collective work, and before the loop asks whether to go on.
         self.run.agree()
         if self.run.log_training():
             self.after_log()
+        self.run.agree()
         if self.run.control.should_evaluate:
             self.evaluate()
+        self.run.agree()
         if self.run.control.should_save:
             self._save_checkpoint()
             self.run.event("on_save")
+        self.run.agree()
 
     def _evaluate(self, rows: Dataset | None, prefix: str) -> dict[str, float | None]:
         if rows is None or len(rows) == 0:
@@ -254,6 +278,16 @@ class Trainer:
             lambda: self.tokenized(arguments.as_dataset(dataset, name), for_evaluation=name == "eval_dataset"),
             self.args.output_dir,
         )
+
+    def _remove_prepared_files(self) -> None:
+        """The trained model's directory is left without the files through which rank 0 handed out its rows."""
+        if self.groups.world.size == 1:
+            return
+        # Mapped files outlive their names, but not on another node; evaluate() is often called after train().
+        self.eval_rows = arguments.in_memory(self.eval_rows)
+        barrier(self.groups.world)
+        if self.groups.world.rank == 0:
+            shutil.rmtree(Path(self.args.output_dir) / PREPARED, ignore_errors=True)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""

@@ -52,6 +52,19 @@ def split_completions(num_completions: int, num_updates: int, *, seed: int, step
     return [order[start : start + size] for start in range(0, num_completions, size)]
 
 
+def step_counts(loss_tokens: Sequence[int], rows: Sequence[int], *, num_updates: int = 1) -> Counts:
+    """Global counts of the step that learns from `rows`; every rank holds all completions, so none travel.
+
+    `loss_tokens` are those of each completion of the round; `generation_tokens` is the step's equal share of
+    them: dapo's denominator.
+    """
+    return Counts(
+        tokens=float(sum(loss_tokens[row] for row in rows)),
+        sequences=float(len(rows)),
+        generation_tokens=sum(loss_tokens) / num_updates,
+    )
+
+
 class ExperienceMaker:
     """Batches with the columns that the policy loss reads, each from the engine that knows it."""
 
@@ -84,29 +97,22 @@ class ExperienceMaker:
             for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=micro_batch)
         ]
 
-    def counts(self, completions: Sequence[Completion], rows: Sequence[int], *, num_updates: int = 1) -> Counts:
-        """Global counts of the step that learns from `rows`; every rank holds all completions, so none travel.
-
-        `generation_tokens` is the step's equal share of all completions' loss tokens: dapo's denominator.
-        """
+    def loss_tokens(self, completions: Sequence[Completion]) -> list[int]:
+        """How many tokens of each completion count in the loss."""
         cut = self.args.mask_truncated_completions
-        sequences = [completion_sequence(completion, mask_truncated_completions=cut) for completion in completions]
-        tokens = [sum(sequence["loss_mask"][1:]) for sequence in sequences]
-        return Counts(
-            tokens=float(sum(tokens[row] for row in rows)),
-            sequences=float(len(rows)),
-            generation_tokens=sum(tokens) / num_updates,
-        )
+        sequences = (completion_sequence(completion, mask_truncated_completions=cut) for completion in completions)
+        return [sum(sequence["loss_mask"][1:]) for sequence in sequences]
 
     def minibatches(
         self, completions: Sequence[Completion], advantages: Tensor, *, step: int, num_updates: int
     ) -> list[Minibatch]:
         """The completions of a round as its optimizer steps."""
         micro_batch = self.args.per_device_train_batch_size
+        loss_tokens = self.loss_tokens(completions)
         return [
             Minibatch(
                 batches=self.batches(completions, advantages, rows, micro_batch),
-                counts=self.counts(completions, rows, num_updates=num_updates),
+                counts=step_counts(loss_tokens, rows, num_updates=num_updates),
             )
             for rows in split_completions(len(completions), num_updates, seed=self.args.seed, step=step)
         ]
@@ -144,8 +150,6 @@ class ExperienceMaker:
         }
 
     def _with_importance_weights(self, batch: Batch) -> Batch:
-        if "rollout_logprobs" not in batch:  # Batch.dummy
-            return batch
         weights = rollout_importance_weights(batch, **self._importance_settings())
         return batch.with_token_columns(importance_weights=weights)
 
@@ -158,7 +162,6 @@ class ExperienceMaker:
             sampling_metrics(batch, counts, **self._importance_settings())
             for minibatch in minibatches
             for batch in minibatch.batches
-            if "rollout_logprobs" in batch
         ]
         return reduce_metrics(shares, self.groups)
 

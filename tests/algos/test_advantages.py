@@ -38,9 +38,7 @@ def test_advantages_and_metrics_are_trls(scale: str) -> None:
     ours = group_advantages(rewards, weights, num_generations=4, scale_rewards=scale)
     assert ours.abs().max() > 0.1
     torch.testing.assert_close(ours, output["advantages"], rtol=1e-6, atol=1e-6)
-    metrics = reward_metrics(
-        rewards, weights, ["reward_0", "reward_1"], num_generations=4, scale_rewards=scale
-    )
+    metrics = reward_metrics(rewards, weights, ["reward_0", "reward_1"], num_generations=4, scale_rewards=scale)
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=1e-6), name
@@ -72,9 +70,7 @@ def test_a_function_that_does_not_apply_is_left_out_of_the_sum_and_an_unscored_r
 
 def test_equal_rewards_give_zero_advantages_and_are_counted() -> None:
     rewards = torch.tensor([[1.0], [1.0], [0.0], [1.0]])
-    assert group_advantages(rewards, torch.ones(1), num_generations=2, scale_rewards="group")[
-        :2
-    ].tolist() == [0, 0]
+    assert group_advantages(rewards, torch.ones(1), num_generations=2, scale_rewards="group")[:2].tolist() == [0, 0]
     metrics = reward_metrics(rewards, torch.ones(1), ["f"], num_generations=2, scale_rewards="group")
     assert metrics["frac_reward_zero_std"] == 0.5
     assert metrics["reward"] == 0.75

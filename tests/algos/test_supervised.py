@@ -45,9 +45,7 @@ def test_nll_is_cross_entropy_over_the_loss_tokens_by_the_global_count() -> None
     torch.testing.assert_close(ours, torch.autograd.grad(expected, logits, retain_graph=True)[0])
     chosen = batch["loss_mask"]
     probabilities = logits.softmax(-1)[chosen]
-    assert metrics["entropy"].value.item() == pytest.approx(
-        -(probabilities * probabilities.log()).sum().item() / 10
-    )
+    assert metrics["entropy"].value.item() == pytest.approx(-(probabilities * probabilities.log()).sum().item() / 10)
     correct = (logits.argmax(-1) == batch.tokens)[chosen].sum().item()
     assert metrics["mean_token_accuracy"].value.item() == pytest.approx(correct / 10)
 

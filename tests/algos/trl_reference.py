@@ -41,13 +41,12 @@ def trl_loss(
     beta: float,
     max_completion_length: int,
     bias_correction: bool,
-    delta: float | None = None,
     gradient_accumulation_steps: int = 1,
     steps_per_generation: int = 1,
 ) -> tuple[Tensor, dict[str, float]]:
     args = SimpleNamespace(
         use_bias_correction_kl=bias_correction,
-        delta=delta,
+        delta=None,
         steps_per_generation=steps_per_generation,
     )
     trainer = SimpleNamespace(

@@ -90,6 +90,25 @@ def test_step_intervals_are_whole_or_fractions(name):
     assert f"{name}=2.5" in error(SFTConfig(**{name: 2.5}), 1)
 
 
+def test_the_reward_functions_give_up_before_the_ranks_that_wait_for_them():
+    GRPOConfig(reward_timeout=1799).validate(1)
+    message = error(GRPOConfig(reward_timeout=1800), 1)
+    assert "reward_timeout 1800" in message and "ddp_timeout 1800" in message
+    assert "ddp_timeout 60 " in error(GRPOConfig(ddp_timeout=60), 1)
+
+
+def test_evaluation_rows_are_not_given_in_vain():
+    assert "eval_dataset_name='held_out.jsonl'" in error(SFTConfig(eval_dataset_name="held_out.jsonl"), 1)
+    SFTConfig(eval_dataset_name="held_out.jsonl", eval_on_start=True).validate(1)
+    SFTConfig(eval_dataset_name="held_out.jsonl", eval_strategy="epoch").validate(1)
+
+
+@pytest.mark.parametrize("packing", ["packing", "eval_packing"])
+def test_the_end_of_a_row_is_not_kept_by_packing(packing):
+    assert "keep_end" in error(SFTConfig(truncation_mode="keep_end", **{packing: True}), 1)
+    SFTConfig(truncation_mode="keep_end").validate(1)
+
+
 def test_packing_needs_a_length():
     assert "max_length" in error(SFTConfig(packing=True, max_length=None), 1)
 

@@ -152,9 +152,7 @@ def test_companion_files_travel(model_dir: Path, tmp_path: Path) -> None:
     assert {"chat_template.jinja", "generation_config.json"} <= names and "README.md" not in names
 
 
-def test_writing_over_an_older_export_keeps_the_rest_and_drops_its_shards(
-    model_dir: Path, tmp_path: Path
-) -> None:
+def test_writing_over_an_older_export_keeps_the_rest_and_drops_its_shards(model_dir: Path, tmp_path: Path) -> None:
     target = write(tmp_path / "out", model_dir, max_shard_size="20KB")
     (target / "metrics.jsonl").write_text("kept")
     write(target, model_dir)

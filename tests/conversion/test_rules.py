@@ -30,9 +30,7 @@ def model_and_architecture(family: str, **changes: object) -> tuple[dict[str, Te
     return state, architecture_of({**config.to_dict(), "architectures": [type(model).__name__]})
 
 
-def load_shard(
-    rule: Rule, state: dict[str, Tensor], architecture: Architecture, **place: int | None
-) -> Tensor:
+def load_shard(rule: Rule, state: dict[str, Tensor], architecture: Architecture, **place: int | None) -> Tensor:
     """One shard, filled piece by piece; what no piece covers stays NaN."""
     shard = torch.full(shard_shape(rule, architecture, place["tp_size"]), float("nan"))
     for piece in pieces(rule, architecture, **place):
@@ -102,8 +100,7 @@ def test_fused_qkv_order_by_hand() -> None:
     place = {"layer": None, "tp_rank": 0, "tp_size": 1}
     assert load_shard(rule, state, small(), **place).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     quarters = [
-        load_shard(rule, state, small(), **{**place, "tp_rank": rank, "tp_size": 4}).tolist()
-        for rank in range(4)
+        load_shard(rule, state, small(), **{**place, "tp_rank": rank, "tp_size": 4}).tolist() for rank in range(4)
     ]
     assert quarters == [[0, 1], [10, 20], [2, 3], [11, 21]]  # tp 4 over 2 groups cuts each group
 
@@ -114,18 +111,14 @@ def test_gate_and_up_are_split_each_by_hand() -> None:
         "model.layers.0.mlp.up_proj.weight": 10 + torch.arange(4.0)[:, None].expand(4, 3),
     }
     rule = next(rule for rule in rules_of(small()) if "linear_fc1" in rule.megatron)
-    halves = [
-        load_shard(rule, state, small(), layer=0, tp_rank=rank, tp_size=2)[:, 0].tolist() for rank in range(2)
-    ]
+    halves = [load_shard(rule, state, small(), layer=0, tp_rank=rank, tp_size=2)[:, 0].tolist() for rank in range(2)]
     assert halves == [[0, 1, 10, 11], [2, 3, 12, 13]]
 
 
 def test_pad_rows_of_the_vocabulary_have_no_piece() -> None:
     state = {"model.embed_tokens.weight": torch.arange(5.0)[:, None].expand(5, 3)}
     rule = rules_of(small())[0]
-    shards = [
-        load_shard(rule, state, small(), layer=None, tp_rank=rank, tp_size=4)[:, 0] for rank in range(4)
-    ]
+    shards = [load_shard(rule, state, small(), layer=None, tp_rank=rank, tp_size=4)[:, 0] for rank in range(4)]
     assert [shard.shape for shard in shards] == [(2,)] * 4  # 5 rows padded to 8
     assert torch.cat(shards)[:5].tolist() == [0, 1, 2, 3, 4]
     assert torch.cat(shards)[5:].isnan().all()

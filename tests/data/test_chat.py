@@ -95,6 +95,11 @@ def test_what_a_template_refuses_is_one_line_of_error() -> None:
     tokenizer = make_tokenizer(unmarked(TEMPLATES["plain"]))
     with pytest.raises(UserError, match="only user and assistant"):
         chat_ids(tokenizer, [{"role": "tool", "content": "3"}], options={})
+    with pytest.raises(UserError, match="only user and assistant"):
+        marked_tokenizer = make_tokenizer(marked(TEMPLATES["plain"]))
+        assistant_tokens(marked_tokenizer, [{"role": "tool", "content": "3"}, ANSWER], options={})
+    with pytest.raises(UserError, match="refuses the messages: .*list"):
+        chat_ids(tokenizer, [{"role": "user", "content": ["a part"]}], options={})
     with pytest.raises(UserError, match="chat_template_path"):
         chat_ids(make_tokenizer(None), [USER], options={})
 
@@ -112,6 +117,8 @@ def test_sharegpt_messages_and_empty_keys_of_tables_are_translated() -> None:
         {"role": "assistant", "content": "Hello"},
         {"role": "system", "content": "x"},
     ]
+    with pytest.raises(UserError, match="message 1 must have role and content, and is a str"):
+        as_messages([USER, "Hello"])
     assert is_conversation([{"from": "human", "value": "Hi"}]) and is_conversation([USER])
     assert not is_conversation("Hi") and not is_conversation([]) and not is_conversation(["Hi"])
 

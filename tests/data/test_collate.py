@@ -85,9 +85,7 @@ def test_completions_are_trained_on_and_prompts_are_not() -> None:
 
 @pytest.mark.parametrize(("masks", "expected"), [(True, [0, 0, 0]), (False, [0, 1, 1])])
 def test_truncated_completions_can_be_masked_and_stay_sequences(masks: bool, expected: list[int]) -> None:
-    batch = completion_batch(
-        [completion(0, [7], [4, 5], finish_reason="length")], mask_truncated_completions=masks
-    )
+    batch = completion_batch([completion(0, [7], [4, 5], finish_reason="length")], mask_truncated_completions=masks)
     assert batch["loss_mask"].int().tolist() == expected and batch.num_sequences == 1
     assert "advantages" not in batch and "temperature" not in batch
 
@@ -98,9 +96,7 @@ def test_truncated_completions_can_be_masked_and_stay_sequences(masks: bool, exp
     sequence_multiple=st.integers(1, 4),
     factor=st.integers(1, 3),
 )
-def test_every_packing_keeps_tokens_and_multiples(
-    lengths: list[int], sequence_multiple: int, factor: int
-) -> None:
+def test_every_packing_keeps_tokens_and_multiples(lengths: list[int], sequence_multiple: int, factor: int) -> None:
     multiple = sequence_multiple * factor
     sequences = [{"tokens": [10 * row + 1] * length} for row, length in enumerate(lengths)]
     batch = pack(sequences, multiple=multiple, sequence_multiple=sequence_multiple)

@@ -17,7 +17,7 @@ TEMPLATE = unmarked(TEMPLATES["chatml"])
 
 
 def prepared(rows: list[dict[str, Any]], template: str = TEMPLATE, **fields: Any) -> list[dict[str, Any]]:
-    limits = {name: fields.pop(name) for name in ("max_positions", "required") if name in fields}
+    limits = {name: fields.pop(name) for name in ("max_positions", "vocab_size") if name in fields}
     args = GRPOConfig(**fields)
     return list(prepare_prompts(Dataset.from_list(rows), make_tokenizer(template), args, **limits))
 
@@ -53,11 +53,16 @@ def test_a_row_without_a_prompt_is_named(rows: list[dict[str, Any]], message: st
         prepared(rows)
 
 
-def test_a_row_without_a_required_column_is_named() -> None:
-    with pytest.raises(UserError, match="row 1.*'answer'"):
-        prepared([{"prompt": "x", "answer": "1"}, {"prompt": "y", "answer": None}], required=("answer",))
-    with pytest.raises(UserError, match="row 0.*'answer'"):
-        prepared([{"prompt": "x"}], required=("answer",))
+def test_a_token_that_the_model_has_not_is_named() -> None:
+    rows = [{"prompt": "one"}, {"prompt": "one<extra>"}]
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens("<extra>")
+    assert len(prepare_prompts(Dataset.from_list(rows), tokenizer, GRPOConfig(), vocab_size=size + 1)) == 2
+    with pytest.raises(UserError, match=rf"row 1: token id {size} .*vocab_size being {size};"):
+        prepare_prompts(Dataset.from_list(rows), tokenizer, GRPOConfig(), vocab_size=size)
+    with pytest.raises(UserError, match="row 0: token id"):
+        prepared([{"prompt": [USER]}], vocab_size=2)
 
 
 def test_a_prompt_longer_than_the_limit_is_named() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.trainer.utils import RepeatSampler
 
-from megalign.data.sampler import EpochSampler, repeated, shard
+from megalign.data.sampler import EpochSampler, shard
 from megalign.errors import UserError
 
 
@@ -37,7 +37,7 @@ def test_prompts_of_generation_batches_are_trls() -> None:
     theirs = list(RepeatSampler(list(range(7)), mini_repeat_count=2, batch_size=3, seed=5))
     sampler = EpochSampler(7, 3, seed=5, shuffle=True, drop_last=True)
     assert sampler.batches_per_epoch == 2
-    ours = [row for batch in batches(sampler, 2) for row in repeated(batch, 2)]
+    ours = [row for batch in batches(sampler, 2) for row in batch for _ in range(2)]
     assert ours == theirs
     assert sampler.epoch == 0 and len(next(sampler)) == 3 and sampler.epoch == 1
 

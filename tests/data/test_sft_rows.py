@@ -80,9 +80,7 @@ def our_rows(rows: list[dict[str, Any]], template: str | None, args: SFTConfig) 
 @pytest.mark.parametrize("completion_only", [None, False])
 @pytest.mark.parametrize("form", ROWS)
 def test_rows_of_every_format_are_trls(form: str, completion_only: bool | None) -> None:
-    args = config(
-        completion_only_loss=completion_only, dataset_text_field="body" if "other" in form else "text"
-    )
+    args = config(completion_only_loss=completion_only, dataset_text_field="body" if "other" in form else "text")
     template = unmarked(TEMPLATES["chatml"])
     ours = our_rows(ROWS[form], template, args)
     assert ours == trl_rows(ROWS[form], template, args)
@@ -92,9 +90,7 @@ def test_rows_of_every_format_are_trls(form: str, completion_only: bool | None) 
 @pytest.mark.parametrize("completion_only", [None, False])
 @pytest.mark.parametrize("name", ["chatml", "llama3"])
 @pytest.mark.parametrize("form", CONVERSATIONAL)
-def test_assistant_only_loss_is_trls_with_a_marked_template(
-    form: str, name: str, completion_only: bool | None
-) -> None:
+def test_assistant_only_loss_is_trls_with_a_marked_template(form: str, name: str, completion_only: bool | None) -> None:
     args = config(assistant_only_loss=True, completion_only_loss=completion_only)
     expected = trl_rows(ROWS[form], marked(TEMPLATES[name]), args)
     assert our_rows(ROWS[form], unmarked(TEMPLATES[name]), args) == expected
@@ -163,6 +159,31 @@ def test_tokenized_rows_need_no_tokenizer() -> None:
         prepare_sft(Dataset.from_list(ROWS["text"]), None, config())
 
 
+@pytest.mark.parametrize(("ids", "place", "token"), [([9, 10], 1, 10), ([-1], 0, -1), ([700, 3], 0, 700)])
+def test_a_token_that_the_model_has_not_is_named(ids: list[int], place: int, token: int) -> None:
+    rows = Dataset.from_list([{"input_ids": [0, 9]}, {"input_ids": ids}])
+    with pytest.raises(UserError, match=f"row 1: token id {token} at place {place} .*vocab_size being 10;"):
+        prepare_sft(rows, None, config(), vocab_size=10)
+    assert len(prepare_sft(rows.select([0]), None, config(), vocab_size=10)) == 1
+
+
+def test_a_tokenizer_longer_than_the_model_is_found_by_the_first_row_that_shows_it() -> None:
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens("<extra>")
+    rows = Dataset.from_list([{"text": "one"}, {"text": "<extra>"}])
+    with pytest.raises(UserError, match=f"row 1: token id {size} .*vocab_size being {size};"):
+        prepare_sft(rows, tokenizer, config(), vocab_size=size)
+    assert len(prepare_sft(rows, tokenizer, config(), vocab_size=size + 1)) == 2
+
+
+def test_the_shuffle_before_packing_draws_from_the_data_seed() -> None:
+    rows = [{"text": word} for word in ["one", "two", "three", "four", "five", "six", "user", "tool"]]
+    packs = {"packing": True, "max_length": 24, "shuffle_dataset": True}
+    ours = our_rows(rows, "", config(**packs, data_seed=7))
+    assert ours == our_rows(rows, "", config(**packs, seed=7)) != our_rows(rows, "", config(**packs))
+
+
 def test_sharegpt_names_become_roles() -> None:
     conversation = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": ANSWER["content"]}]
     template = unmarked(TEMPLATES["chatml"])
@@ -194,6 +215,12 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "assistant of text": ([{"text": "one"}], {"assistant_only_loss": True}, "row 0.*assistant_only_loss"),
     "no assistant": ([{"messages": [USER]}], {"assistant_only_loss": True}, "row 0.*assistant_only_loss"),
     "completion of text": ([{"text": "one"}], {"completion_only_loss": True}, "row 0.*completion_only_loss"),
+    "tools that are no JSON": ([{"messages": [USER, ANSWER], "tools": "[add"}], {}, "row 0: .*'tools'.*JSON"),
+    "a later message without a role": (
+        [{"messages": [USER, {"content": "It is blue."}]}],
+        {"assistant_only_loss": True},
+        "row 0: message 1 has no 'role', only 'content'",
+    ),
     "nothing left": ([{"prompt": "one two", "completion": "x"}], {"max_length": 2}, "max_length=2"),
 }
 

@@ -91,9 +91,7 @@ def _trained() -> str:
     return tokenizer.to_str()
 
 
-def make_tokenizer(
-    template: str | None = None, eos_token: str | None = "<|endoftext|>"
-) -> PreTrainedTokenizerFast:
+def make_tokenizer(template: str | None = None, eos_token: str | None = "<|endoftext|>") -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer whose special tokens are those of ChatML and Llama 3."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained()),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import psutil
 
 ROOT = Path(__file__).parents[2]
 # A launcher's variables must not leak from the tests' own environment into a job.
@@ -63,7 +68,7 @@ def torchrun(ranks: int, *command: object, nodes: int = 1) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), *meeting, *map(str, command)]
 
 
-def run(command: Sequence[str], cwd: Path, *, timeout: float = 90, **environ: str) -> Ended:
+def run(command: Sequence[str], cwd: Path, *, timeout: float = 240, **environ: str) -> Ended:
     """One process (or torchrun and its ranks) from start to end."""
     return run_together([command], cwd, [environ], timeout=timeout)[0]
 
@@ -73,35 +78,49 @@ def run_together(
     cwd: Path,
     environs: Sequence[Mapping[str, str]] | None = None,
     *,
-    timeout: float = 90,
+    timeout: float = 240,
 ) -> list[Ended]:
-    """Several processes side by side; what is still running after `timeout` seconds is ended, and the test fails."""
+    """Several processes side by side, which must all be over after `timeout` seconds."""
     port = str(free_port())
-    started = []
-    for command, environ in zip(commands, environs or [{}] * len(commands), strict=True):
-        words = [word.replace("{port}", port) for word in command]
-        started.append(
-            subprocess.Popen(
-                words,
-                cwd=cwd,
-                env=environment(**environ),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,  # so that its ranks can be ended with it
-            )
-        )
-    return [_ended(process, timeout) for process in started]
+    with contextlib.ExitStack() as stack:
+        jobs = []
+        for command, environ in zip(commands, environs or [{}] * len(commands), strict=True):
+            words = [word.replace("{port}", port) for word in command]
+            jobs.append(stack.enter_context(_started(words, cwd, environ)))
+        end = time.monotonic() + timeout
+        return [_ended(*job, end) for job in jobs]
 
 
-def _ended(process: subprocess.Popen[str], timeout: float) -> Ended:
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        raise AssertionError(f"not over after {timeout:g} s: {process.args}\n{stdout}\n{stderr}") from None
-    return Ended(process.returncode, stdout, stderr)
+@contextlib.contextmanager
+def _started(
+    words: list[str], cwd: Path, environ: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[str], IO[str]]]:
+    """The process and what it writes; ended with all of its ranks when the test leaves it."""
+    # Files, not pipes: nobody empties the pipe of one process while another is waited for.
+    with _text_file() as stdout, _text_file() as stderr:
+        process = subprocess.Popen(words, cwd=cwd, env=environment(**environ), stdout=stdout, stderr=stderr)
+        try:
+            yield process, stdout, stderr
+        finally:
+            # One by one: torchrun gives each rank a session of its own.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    one.kill()
+            process.wait()
+
+
+def _text_file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _ended(process: subprocess.Popen[bytes], stdout: IO[str], stderr: IO[str], end: float) -> Ended:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, end - time.monotonic()))
+    for file in (stdout, stderr):
+        file.seek(0)
+    out, err = stdout.read(), stderr.read()
+    assert process.returncode is not None, f"not over in time: {process.args}\n{out}\n{err}"
+    return Ended(process.returncode, out, err)
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -34,7 +34,7 @@ def out(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the script leaves, run on two pipeline stages from another directory."""
     here = tmp_path_factory.mktemp("somewhere")
     (here / "out").mkdir()
-    run(torchrun(2, SCRIPT, model, here / "out"), here, timeout=150).succeeded()
+    run(torchrun(2, SCRIPT, model, here / "out"), here).succeeded()
     return here / "out"
 
 
@@ -136,7 +136,7 @@ def test_the_command_line_trains_until_a_reward_function_fails_on_one_rank(model
     }
     write_yaml(tmp_path / "run.yaml", **fields)
     command = ["-m", "megalign", "grpo", "--config", "run.yaml", "--vllm-tensor-parallel-size", 2]
-    ended = run(torchrun(2, *command), tmp_path, timeout=120)
+    ended = run(torchrun(2, *command), tmp_path)
     assert ended.status != 0 and 2 in ended.rank_statuses, ended.stderr
     (line,) = ended.error_lines
     told = "reward function 'third_time_unlucky': it raised ConnectionError: the judge has left"

@@ -105,6 +105,7 @@ def slurm_task(rank: int, port: int) -> dict[str, str]:
         "SLURM_NNODES": "1",
         "SLURM_JOB_ID": "77",
         "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
         "MASTER_PORT": str(port),
     }
 

@@ -46,7 +46,7 @@ def _sharded() -> dict[str, torch.Tensor]:
     hidden.requires_grad_()
     rows = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
     weight, bias = (x[rows].clone().requires_grad_() for x in (weight, bias))
-    old, vocab.CHUNK_ELEMENTS = vocab.CHUNK_ELEMENTS, 4 * len(weight)  # several chunks, the last one short
+    old, vocab.CHUNK_ELEMENTS = vocab.CHUNK_ELEMENTS, {"cpu": 4 * len(weight)}  # several chunks, the last one short
     scores = vocab.token_scores(
         hidden, weight, labels, temperature=temperature, vocab_size=VOCAB, bias=bias,
         tp=Axis(dist.group.WORLD, rank, size, list(range(size))),

@@ -28,9 +28,7 @@ FUSED = {
 class Chunk(nn.Module):
     """The parameters of some consecutive layers, numbered from 0 as Megatron's chunks number them."""
 
-    def __init__(
-        self, architecture: Architecture, layers: range, outer: tuple[str, ...], tp_size: int
-    ) -> None:
+    def __init__(self, architecture: Architecture, layers: range, outer: tuple[str, ...], tp_size: int) -> None:
         super().__init__()
         self.decoder = nn.Module()
         self.decoder.layers = nn.ModuleList(nn.Module() for _ in layers)

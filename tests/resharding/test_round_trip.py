@@ -112,11 +112,7 @@ def test_pad_rows_of_the_vocabulary_are_zero(models: dict[str, str]) -> None:
 
 def tied_copies(path: str, layout: Layout) -> bytes:
     (chunk,), _ = build(path, layout)
-    weight = (
-        chunk.output_layer.weight
-        if groups_of(layout).is_last_stage
-        else chunk.embedding.word_embeddings.weight
-    )
+    weight = chunk.output_layer.weight if groups_of(layout).is_last_stage else chunk.embedding.word_embeddings.weight
     return bits({"": weight.detach()})[""]
 
 

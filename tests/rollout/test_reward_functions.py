@@ -62,13 +62,8 @@ def messages(texts: list[str]) -> list[list[dict[str, str]]]:
 def test_accuracy_is_trls(name: str) -> None:
     texts, solutions = [text for text, _ in CASES], [solution for _, solution in CASES]
     logged: dict[str, dict[str, list[Any]]] = {"ours": {}, "trls": {}}
-    expected = getattr(trl.rewards, name)(
-        messages(texts), solution=solutions, log_extra=logged["trls"].__setitem__
-    )
-    assert (
-        getattr(ours, name)(messages(texts), solution=solutions, log_extra=logged["ours"].__setitem__)
-        == expected
-    )
+    expected = getattr(trl.rewards, name)(messages(texts), solution=solutions, log_extra=logged["trls"].__setitem__)
+    assert getattr(ours, name)(messages(texts), solution=solutions, log_extra=logged["ours"].__setitem__) == expected
     assert logged["ours"] == logged["trls"]
     # Plain text completions, which TRL's cannot take.
     assert getattr(ours, name)(completions=texts, solution=solutions) == expected
@@ -78,9 +73,9 @@ def test_accuracy_is_trls(name: str) -> None:
 def test_reasoning_delimiters_are_the_callers() -> None:
     texts, solutions = [text for text, _ in CASES], [solution for _, solution in CASES]
     delimiters = ["<answer>", "</think>"]
-    assert ours.reasoning_accuracy_reward(
-        texts, solutions, delimiters
-    ) == trl.rewards.reasoning_accuracy_reward(messages(texts), solutions, delimiters)
+    assert ours.reasoning_accuracy_reward(texts, solutions, delimiters) == trl.rewards.reasoning_accuracy_reward(
+        messages(texts), solutions, delimiters
+    )
 
 
 def test_think_format_is_trls() -> None:
@@ -117,11 +112,18 @@ def test_length_reward_counts_tokens() -> None:
 
 def test_an_answer_that_takes_forever_is_worth_nothing_and_harms_no_other() -> None:
     endless = r"\boxed{9^{9^{9^{9^{9}}}}}"
-    verdicts = MathAnswers(seconds_an_answer=3).judge(
-        [(endless, "$9^{9^{9^{9^{8}}}}+1$"), (r"\boxed{2}", "2")]
-    )
+    verdicts = MathAnswers(seconds_an_answer=3).judge([(endless, "$9^{9^{9^{9^{8}}}}+1$"), (r"\boxed{2}", "2")])
     assert verdicts[0].reward == 0.0
     assert verdicts[1] == Verdict(1.0, "[2, '2']", "[2, '2']")
+
+
+def test_a_judge_that_died_between_answers_is_started_again() -> None:
+    answers, right = MathAnswers(), [(r"\boxed{2}", "2")]
+    assert answers.judge(right)[0].reward == 1.0
+    assert answers._process is not None
+    answers._process.kill()
+    answers._process.wait()
+    assert answers.judge(right)[0].reward == 1.0
 
 
 def test_names_find_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

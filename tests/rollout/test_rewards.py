@@ -43,9 +43,7 @@ def one_rank() -> ParallelGroups:
     return ParallelGroups(world=axis, tp=axis, pp=axis, cp=axis, dp=axis, mp=axis)
 
 
-def score(
-    functions: list[Any], count: int = 4, groups: ParallelGroups | None = None, **options: Any
-) -> RewardResult:
+def score(functions: list[Any], count: int = 4, groups: ParallelGroups | None = None, **options: Any) -> RewardResult:
     runner = RewardRunner(functions, groups or one_rank(), timeout=options.pop("timeout", 20))
     prompts = options.pop("prompts", [f"prompt {i // GROUP}" for i in range(count)])
     texts = [f"text {i}" for i in range(count)]
@@ -55,9 +53,7 @@ def score(
 def test_functions_get_trls_arguments() -> None:
     seen: dict[str, Any] = {}
 
-    def spy(
-        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any
-    ) -> list[float]:
+    def spy(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         seen.update(prompts=prompts, completions=completions, completion_ids=completion_ids, **kwargs)
         return [0.0] * len(prompts)
 

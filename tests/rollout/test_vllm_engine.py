@@ -59,9 +59,7 @@ def make_model(family: str, path: Path) -> str:
     # Shorter than the model's vocabulary, as real ones often are.
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{chr(97 + i): 3 + i for i in range(26)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(
-        path
-    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>").save_pretrained(path)
     return str(path)
 
 
@@ -166,9 +164,7 @@ def test_a_completion_ends_with_its_stop_token(seen: dict[str, Any]) -> None:
 
 
 def test_sampling_options_reach_vllm(seen: dict[str, Any]) -> None:
-    assert all(
-        value == 0.0 for completion in everyone(seen, "greedy_by_top_k") for value in completion.logprobs
-    )
+    assert all(value == 0.0 for completion in everyone(seen, "greedy_by_top_k") for value in completion.logprobs)
     plain = everyone(seen, "second")
     for name in ("top_p", "min_p", "penalty"):
         assert everyone(seen, name) != plain
@@ -186,9 +182,7 @@ def test_user_errors_name_the_value(seen: dict[str, Any]) -> None:
         assert rank["owned_extra"].startswith("UserError: generation_kwargs['temperature']")
         assert rank["bad_value"].startswith("UserError:") and "9.0" in rank["bad_value"]
         assert "prompt 0 has 128 tokens" in rank["too_long"]
-        assert all(
-            "\n" not in rank[name] for name in ("unknown_extra", "owned_extra", "bad_value", "too_long")
-        )
+        assert all("\n" not in rank[name] for name in ("unknown_extra", "owned_extra", "bad_value", "too_long"))
 
 
 def test_nothing_is_sampled_from_weights_that_did_not_come(seen: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,9 +30,10 @@ def test_missing_vllm_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         vllm_engine._import_vllm()
 
 
-def test_replicas_must_divide_the_world() -> None:
-    with pytest.raises(UserError, match="vllm_tensor_parallel_size 3 must divide the world size 2"):
-        vllm_engine.VllmEngine("absent", GRPOConfig(vllm_tensor_parallel_size=3), two_ranks())
+@pytest.mark.parametrize("name", ["repetition_detection", "trace_decode_token_ids"])
+def test_what_a_completion_has_no_word_for_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=rf"generation_kwargs\['{name}'\] is refused"):
+        vllm_engine._check_names([name], SimpleNamespace(SamplingParams=SimpleNamespace(__struct_fields__=[name])))
 
 
 def test_a_missing_model_is_named() -> None:

@@ -18,7 +18,7 @@ KEYS = {"job", "engine", "median_s", "tokens_per_s", "ratio", "peak_rss"}
 def test_the_ratio_is_the_median_over_pairs_not_the_ratio_of_medians() -> None:
     # The machine was three times slower during the second pair: 2/1, 9/3 and 4/2 are what may be compared.
     seconds = [(1.0, 2.0), (3.0, 9.0), (2.0, 4.0)]
-    pairs = [Pair(megalign=Step(ours, 600, 1.0), trl=Step(trls, 600, 1.0)) for ours, trls in seconds]
+    pairs = [Pair(megalign=Step(ours, 5.0, 600, 1.0), trl=Step(trls, 9.0, 600, 1.0)) for ours, trls in seconds]
     ours, trls = summarize("sft", pairs, {"megalign": 10, "trl": 20})
     assert ours == {
         "job": "sft",

@@ -15,6 +15,7 @@ from megalign.trainers.experience import (
     completion_metrics,
     completion_seeds,
     split_completions,
+    step_counts,
 )
 
 
@@ -45,15 +46,14 @@ def _maker(dp_rank: int = 0, dp_size: int = 1, **changes: Any) -> ExperienceMake
 
 
 def test_counts_are_of_the_step_and_dapos_denominator_of_the_round() -> None:
-    maker = _maker()
-    assert maker.counts(COMPLETIONS, [0, 1], num_updates=2) == Counts(
+    assert step_counts(_maker().loss_tokens(COMPLETIONS), [0, 1], num_updates=2) == Counts(
         tokens=3 + 4, sequences=2, generation_tokens=(3 + 4 + 1 + 2) / 2
     )
 
 
 def test_truncated_completions_count_as_sequences_but_not_as_tokens() -> None:
-    maker = _maker(mask_truncated_completions=True)
-    assert maker.counts(COMPLETIONS, range(4)) == Counts(tokens=6, sequences=4, generation_tokens=6)
+    loss_tokens = _maker(mask_truncated_completions=True).loss_tokens(COMPLETIONS)
+    assert step_counts(loss_tokens, range(4)) == Counts(tokens=6, sequences=4, generation_tokens=6)
 
 
 def test_counts_are_those_of_the_batches_of_all_ranks() -> None:
@@ -63,7 +63,7 @@ def test_counts_are_those_of_the_batches_of_all_ranks() -> None:
             for rank in range(2)
             for batch in _maker(rank, 2, **changes).batches(COMPLETIONS, torch.zeros(4), range(4), 1)
         ]
-        counts = _maker(**changes).counts(COMPLETIONS, range(4))
+        counts = step_counts(_maker(**changes).loss_tokens(COMPLETIONS), range(4))
         assert sum(int(batch["loss_mask"].sum()) for batch in batches) == counts.tokens
         assert sum(batch.num_sequences for batch in batches) == counts.sequences
 

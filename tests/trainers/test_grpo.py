@@ -14,6 +14,7 @@ import pytest
 from megalign.config import GRPOConfig
 from megalign.errors import UserError
 from tests.ranks import run_ranks
+from tests.tiny import save_tiny_model
 from tests.trainers.grpo_runs import (
     RandomRollout,
     closeness,
@@ -275,9 +276,9 @@ def test_with_vllm_a_run_learns_from_its_own_policy_and_resumes_bitwise(model: s
     assert resumed == [_without_times(line) for line in lines if line["step"] > 2]
 
 
-def _error_of(path: str, fields: dict[str, Any], given: dict[str, Any]) -> str:
+def _error_of(path: str, fields: dict[str, Any], given: dict[str, Any], rows: Any = ROWS) -> str:
     try:
-        train_grpo(path, ROWS, fields, given)
+        train_grpo(path, rows, fields, given)
     except UserError as error:
         return str(error)
     return "no error"
@@ -298,3 +299,40 @@ def test_mistakes_are_named_in_one_line(
     (error,) = run_ranks(1, _error_of, model, {"output_dir": str(tmp_path), **fields}, given)
     assert re.search(message, error), error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "message"),
+    [
+        ({}, {"reward_funcs": ["no_reward"]}, "no_reward"),
+        ({"reward_weights": [1.0]}, {}, "reward_weights has 1 values for 2 reward functions"),
+        ({"eval_on_start": True}, {}, "eval_on_start=True needs an eval_dataset"),
+    ],
+)
+def test_mistakes_are_named_before_rows_are_read(
+    model: str, tmp_path: Path, fields: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    fields = {"output_dir": str(tmp_path), **fields}
+    (error,) = run_ranks(1, _error_of, model, fields, given, "no rows at all")
+    assert re.search(message, error), error
+
+
+def test_a_model_without_a_tokenizer_is_named_before_rows_are_read(tmp_path: Path) -> None:
+    path = save_tiny_model("llama", tmp_path / "model", head_dim=32)
+    (error,) = run_ranks(1, _error_of, path, {"output_dir": str(tmp_path)}, {}, "no rows at all")
+    assert re.search("model directory .* has no tokenizer", error), error
+
+
+def _without_vllm(path: str, fields: dict[str, Any]) -> str:
+    from megalign.trainers import online
+
+    online.find_spec, real = (lambda name: None), online.find_spec
+    try:
+        return _error_of(path, fields, {}, "no rows at all")
+    finally:
+        online.find_spec = real
+
+
+def test_missing_vllm_is_named_before_rows_are_read(model: str, tmp_path: Path) -> None:
+    (error,) = run_ranks(1, _without_vllm, model, {"output_dir": str(tmp_path)})
+    assert "vLLM is not installed" in error

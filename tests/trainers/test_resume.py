@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
@@ -43,7 +45,7 @@ def _fields(directory: Path, **fields: Any) -> dict[str, Any]:
 
 
 def _without_times(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if not name.endswith("time")}
+    return {name: value for name, value in line.items() if not name.endswith(("time", "per_second"))}
 
 
 LAYOUTS = {
@@ -65,6 +67,22 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world: int, model: str, 
     lines = [_without_times(line) for line in metric_lines(tmp_path / "parts")]
     assert lines == [_without_times(line) for line in metric_lines(tmp_path / "whole")]
     assert [line["step"] for line in lines] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("killed_after", "missed"), [(4, 0), (8, 2)])
+def test_a_run_killed_at_an_epochs_last_step_still_ends_the_epoch(
+    killed_after: int, missed: int, model: str, tmp_path: Path
+) -> None:
+    by_epoch = {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_steps": 4, "max_steps": 8}
+    given = {"eval_dataset": ROWS[:3]}
+    run_ranks(1, train_sft, model, ROWS, _fields(tmp_path / "whole", **by_epoch), given)
+    expected = [_without_times(line) for line in metric_lines(tmp_path / "whole")]
+    assert [(line["step"], "loss" in line) for line in expected] == [(4, True), (4, False), (8, True), (8, False)]
+    checkpoint = f"checkpoint-{killed_after}"  # written at the step, before the epoch's end
+    shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "parts" / checkpoint)
+    parts = _fields(tmp_path / "parts", **by_epoch)
+    run_ranks(1, train_sft, model, ROWS, parts, {**given, "resume": "latest"})
+    assert [_without_times(line) for line in metric_lines(tmp_path / "parts")] == expected[missed:]
 
 
 def test_lines_of_repeated_steps_are_appended(model: str, tmp_path: Path) -> None:
@@ -99,6 +117,35 @@ def test_one_ranks_wish_to_stop_stops_all(model: str, tmp_path: Path) -> None:
     fields = _fields(tmp_path, save_strategy="no", tensor_model_parallel_size=2)
     results = run_ranks(2, train_sft, model, ROWS, fields, {"stop": StopAt(2, only_rank=1)})
     assert [result["output"].global_step for result in results] == [2, 2]
+
+
+class _ChangesItsMind(TrainerCallback):
+    """On the first rank only, each event of step 2 asks for what comes after it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        """Evaluate."""
+        control.should_evaluate |= self._here(args, state) and "loss" in logs
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save."""
+        control.should_save |= self._here(args, state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        control.should_training_stop |= self._here(args, state)
+
+    @staticmethod
+    def _here(args: Any, state: Any) -> bool:
+        return args.process_index == 0 and state.global_step == 2
+
+
+def test_what_one_rank_decides_between_two_collectives_all_ranks_do(model: str, tmp_path: Path) -> None:
+    fields = _fields(tmp_path, save_strategy="no", tensor_model_parallel_size=2)
+    given = {"stop": _ChangesItsMind(), "eval_dataset": ROWS[:3]}
+    results = run_ranks(2, train_sft, model, ROWS, fields, given, timeout=60)
+    assert [result["output"].global_step for result in results] == [2, 2]
+    assert [line["step"] for line in metric_lines(tmp_path) if "eval_loss" in line] == [2]
+    assert (tmp_path / "checkpoint-2" / "manifest.json").exists()
 
 
 def test_only_the_newest_checkpoints_are_kept(model: str, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from datasets import IterableDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, TrainingArguments, get_scheduler
 from transformers import Trainer as HfTrainer
-from transformers import TrainingArguments, get_scheduler
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
@@ -21,7 +21,8 @@ from megalign.trainers.grpo import GRPOTrainer
 from megalign.trainers.sft import SFTTrainer
 from tests.ranks import run_ranks
 from tests.tiny import load_reference, save_tiny_model
-from tests.trainers.runs import Recorder, metric_lines, token_rows, train_sft
+from tests.trainers.grpo_runs import save_model_with_tokenizer
+from tests.trainers.runs import Recorder, metric_lines, sft_fields, token_rows, train_sft
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,37 @@ def test_the_trained_model_is_left_in_hugging_face_form(model: str, tmp_path: Pa
     before, after = load_reference(model).state_dict(), load_reference(str(tmp_path)).state_dict()
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_tokenizer_is_left_as_it_was_trained_with(tmp_path: Path) -> None:
+    path = save_model_with_tokenizer(tmp_path / "model")
+    (tmp_path / "turns.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    plain = {"output_dir": str(tmp_path / "plain"), "max_steps": 1}
+    changed = {"eos_token": "t3", "chat_template_path": str(tmp_path / "turns.jinja")}
+    run_ranks(1, train_sft, path, token_rows(4), plain)
+    run_ranks(1, train_sft, path, token_rows(4), {**plain, **changed, "output_dir": str(tmp_path / "changed")})
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "changed")
+    assert tokenizer.eos_token == "t3"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "t5"}], tokenize=False) == "t5 "
+    assert (tmp_path / "plain" / "tokenizer.json").read_bytes() == (Path(path) / "tokenizer.json").read_bytes()
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == "t2"
+
+
+def _files_and_evaluations(path: str, fields: dict[str, Any]) -> tuple[tuple[bool, bool], tuple[Any, Any]]:
+    rows = token_rows(8)
+    trainer = SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=rows, eval_dataset=rows[:5])
+    before = trainer.evaluate()
+    made = Path(fields["output_dir"], ".tokenized").is_dir()
+    trainer.train()
+    after = trainer.evaluate()
+    return (made, Path(fields["output_dir"], ".tokenized").exists()), (before, after)
+
+
+def test_prepared_rows_do_not_stay_with_the_model_and_can_still_be_evaluated(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0}
+    for (made, kept), (before, after) in run_ranks(2, _files_and_evaluations, model, fields):
+        assert made and not kept
+        assert after["eval_loss"] == before["eval_loss"]
 
 
 def test_evaluation_counts_every_row_once(model: str, tmp_path: Path) -> None:
@@ -181,6 +213,7 @@ def _error_of(path: str, fields: dict[str, Any], given: dict[str, Any]) -> str:
     ("fields", "given", "message"),
     [
         ({"eval_strategy": "steps"}, {"train_dataset": token_rows(2)}, "eval_strategy='steps' needs an eval_dataset"),
+        ({"eval_on_start": True}, {"train_dataset": token_rows(2)}, "eval_on_start=True needs an eval_dataset"),
         ({}, {}, "train_dataset has no rows"),
         ({}, {"train_dataset": IterableDataset.from_generator(token_rows)}, "train_dataset is an IterableDataset"),
         ({}, {"train_dataset": token_rows(2), "callbacks": [print]}, "is not a transformers.TrainerCallback"),
@@ -198,6 +231,13 @@ def test_mistakes_are_named_in_one_line(
     (error,) = run_ranks(1, _error_of, model, {"output_dir": str(tmp_path), **fields}, given)
     assert re.search(message, error), error
     assert "\n" not in error
+
+
+def test_a_layout_that_does_not_divide_is_named_before_rows_are_read(tmp_path: Path) -> None:
+    path = save_tiny_model("llama", tmp_path / "model", num_hidden_layers=3)
+    fields = {"output_dir": str(tmp_path / "out"), "pipeline_model_parallel_size": 2}
+    for error in run_ranks(2, _error_of, path, fields, {"train_dataset": "no rows at all"}):
+        assert "num_hidden_layers 3 is not divisible by pipeline_model_parallel_size 2" in error
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(SFTTrainer, "SFTTrainer"), (GRPOTrainer, "GRPOTrainer")])

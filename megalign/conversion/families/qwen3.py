@@ -24,7 +24,5 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
 def rules(architecture: Architecture) -> list[Rule]:
     """Every tensor of the model."""
     mcore, hf = "decoder.layers.*.self_attention.", "model.layers.*.self_attn."
-    norms = [
-        Copy.of(f"{mcore}{part}_layernorm.weight", f"{hf}{part}_norm.weight", ("head_dim",)) for part in "qk"
-    ]
+    norms = [Copy.of(f"{mcore}{part}_layernorm.weight", f"{hf}{part}_norm.weight", ("head_dim",)) for part in "qk"]
     return [*llama.rules(architecture), *norms]
