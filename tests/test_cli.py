@@ -170,7 +170,7 @@ def test_a_world_that_does_not_divide_is_one_line():
     ran = run("sft", "--tensor_model_parallel_size", "2", RANK="0", WORLD_SIZE="1")
     assert ran.returncode == 2
     (line,) = ran.stderr.splitlines()
-    assert line.startswith("megalign: error: world size 1 does not divide by tensor_model_parallel_size 2")
+    assert line.startswith("megalign: error: world size 1 must be a multiple of tensor_model_parallel_size 2")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.jobs.inputs import save_model, sums, write_rows
 from tests.jobs.mistaken import no_vllm, random_rollout, start_mistaken
-from tests.jobs.start import run, run_together, torchrun
+from tests.jobs.start import run, torchrun
 
 REWARDS = """
 import os, time
@@ -172,13 +172,3 @@ def test_a_mistake_in_a_script_is_one_line_too(here: Path) -> None:
     (line,) = ended.error_lines
     assert line.startswith("megalign: error: dataset row 5: it has no 'completion'")
     assert "megalign/" not in ended.stderr and 'train.py", line' not in ended.stderr, ended.stderr
-
-
-def test_two_agents_report_a_mistake_once(here: Path) -> None:
-    words, parts = MISTAKES["unknown key"]
-    agent = torchrun(2, "-m", "megalign", *words, nodes=2)
-    first, second = run_together([agent, agent], here)
-    assert first.status != 0 and second.status != 0
-    assert 2 in first.rank_statuses + second.rank_statuses, first.stderr + second.stderr
-    (line,) = [*first.error_lines, *second.error_lines]
-    assert all(part in line for part in parts), line
