@@ -14,6 +14,7 @@ from tests.jobs.start import free_port, megalign, run, run_together, torchrun
 from tests.tiny import load_reference
 from tests.trainers.runs import digest, metric_lines
 
+pytestmark = pytest.mark.slow
 STEPS = 4
 FIELDS = {
     "dataset_name": "rows.jsonl",
