@@ -77,11 +77,11 @@ class StepOnCall(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Waits."""
-        with suppress(EOFError):
-            if self.pipe.recv():
-                self.started = time.perf_counter(), time.process_time()
-                return
-        os._exit(0)  # vLLM's threads and the final model are of no interest here
+        try:
+            self.pipe.recv()
+        except EOFError:
+            sys.exit(0)  # it was the last step; nobody wants the final model
+        self.started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Stops the clock."""
@@ -339,8 +339,8 @@ def show(
 ) -> None:
     """The entries as a table, with the machine's own limits below."""
     what = "rows" if options.job == "sft" else f"completions of at most {options.max_completion_length} tokens"
-    table = Table(title=f"{options.job}: {options.batch} {what} a step, {len(pairs)} steps, {options.model.name}")
-    for heading in ("engine", "median s", "CPU s", "tokens/s", "against TRL", "GFLOP/s", "first loss", "peak RSS GB"):
+    table = Table(title=f"{options.job}: {options.batch} {what} a step, medians of {len(pairs)}, {options.model.name}")
+    for heading in ("engine", "s", "CPU s", "tokens/s", "x TRL", "GFLOP/s", "loss", "RSS GB"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
     weights = num_parameters(options.model)
     for entry in entries:
@@ -348,23 +348,18 @@ def show(
         flops = f"{6 * weights * entry['tokens_per_s'] / 1e9:.0f}" if options.job == "sft" else "-"
         steps: list[Step] = [getattr(pair, entry["engine"]) for pair in pairs]
         cpu = statistics.median(step.cpu_seconds for step in steps)
-        cells = (
-            f"{entry['median_s']:.2f}",
-            f"{cpu:.1f}",
-            f"{entry['tokens_per_s']:.0f}",
-            f"{entry['ratio']:.2f} x",
-            flops,
-        )
-        table.add_row(entry["engine"], *cells, f"{steps[0].loss:.4f}", f"{entry['peak_rss'] / 1e9:.2f}")
+        times = f"{entry['median_s']:.2f}", f"{cpu:.1f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f}"
+        table.add_row(entry["engine"], *times, flops, f"{steps[0].loss:.4f}", f"{entry['peak_rss'] / 1e9:.2f}")
     console.print(table)
     flops, copied = ([value / 1e9 for value in column] for column in zip(*limits, strict=True))
     console.print(
         f"machine: {statistics.median(flops):.0f} GFLOP/s in a matrix product ({min(flops):.0f} to {max(flops):.0f}), "
-        f"{statistics.median(copied):.0f} GB/s in a copy ({min(copied):.0f} to {max(copied):.0f})"
+        f"{statistics.median(copied):.0f} GB/s in a copy ({min(copied):.0f} to {max(copied):.0f})",
+        soft_wrap=True,
     )
     if max(flops) > 1.3 * min(flops):
         console.print("[yellow]other programs kept the machine busy: trust the CPU seconds more than the others")
-    console.print(describe_machine(options))
+    console.print(describe_machine(options), soft_wrap=True)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
