@@ -43,9 +43,17 @@ class Batch:
 
     def with_token_columns(self, **columns: Tensor) -> Batch:
         """The same batch with more [T] columns; a column is never replaced."""
+        self._check_new(columns)
+        return replace(self, token_columns={**self.token_columns, **columns})
+
+    def with_sequence_columns(self, **columns: Tensor) -> Batch:
+        """The same batch with more [S] columns; a column is never replaced."""
+        self._check_new(columns)
+        return replace(self, sequence_columns={**self.sequence_columns, **columns})
+
+    def _check_new(self, columns: Mapping[str, Tensor]) -> None:
         clash = [name for name in columns if name in self]
         assert not clash, f"columns {clash} are already in the batch"
-        return replace(self, token_columns={**self.token_columns, **columns})
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +136,10 @@ class Counts:
     tokens: float  # loss tokens
     sequences: float
     generation_tokens: float = float("nan")  # GRPO's dapo: loss tokens of the whole generation batch, a step's share
+    named: Mapping[str, float] = field(default_factory=dict)  # what else a loss divides by; its module says how
+
+    def __getitem__(self, name: str) -> float:
+        return self.named[name]
 
 
 class Metric(NamedTuple):

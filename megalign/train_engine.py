@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from megalign import device
 from megalign.batch import Batch, Counts, Metric, Slice
 from megalign.conversion import hf_files
-from megalign.conversion.families import architecture_of
+from megalign.conversion.architecture import Architecture
+from megalign.conversion.families import architecture_of, classifier_config, is_classifier
+from megalign.errors import UserError
 from megalign.model import checkpoint, optimizer
 from megalign.model.attention import PackedSequences
 from megalign.model.build import build_model
-from megalign.model.heads import language_model_columns
+from megalign.model.heads import language_model_columns, score_columns
 from megalign.model.offload import Offload
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
@@ -41,14 +44,27 @@ class StepResult:
 
 
 class TrainEngine:
-    """A Hugging Face model as Megatron ranks hold it: forward, train_step, save, load, export, sleep, wake."""
+    """A Hugging Face model as Megatron ranks hold it: forward, train_step, save, load, export, sleep, wake.
 
-    def __init__(self, model_path: str, args: LoopConfig, groups: ParallelGroups, *, trainable: bool = True) -> None:
-        self.hf_path, self.groups = model_path, groups
-        self.architecture = architecture_of(hf_files.read_config(model_path))
+    With `score_head` it is a reward model or a critic: of a *ForSequenceClassification directory, or with a new head
+    on a language model. `extras` are further columns of the language model's head (parallel.vocab.EXTRAS).
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        args: LoopConfig,
+        groups: ParallelGroups,
+        *,
+        trainable: bool = True,
+        score_head: bool = False,
+        extras: tuple[str, ...] = (),
+    ) -> None:
+        self.hf_path, self.groups, self._extras = model_path, groups, extras
+        self.architecture = _architecture(model_path, score_head)
         seed_parallel_rng(args.seed)
         self._models = build_model(self.architecture, args, groups)
-        load.load_hf(model_path, self._models, groups, self.architecture)
+        load.load_hf(model_path, self._models, groups, self.architecture, seed=args.seed)
         self._chunks: list[nn.Module] = list(self._models)
         self._optimizer = None
         self._sleeps = args.engines_sleep
@@ -63,8 +79,8 @@ class TrainEngine:
     def forward(self, batches: list[Batch], names: tuple[str, ...] = ("logprobs",)) -> list[dict[str, Tensor]]:
         """Token columns [T] float32 of each batch, without gradient, on every rank of the replica.
 
-        Names: logprobs, entropy, argmax_correct. Values are 0 off the loss mask. A sequence column
-        `temperature` divides the logits.
+        Names: logprobs, entropy, argmax_correct and the extras; with a score head scores, values. They are 0 off
+        the loss mask. A sequence column `temperature` divides the logits.
         """
         batches = [batch.to(device.device()) for batch in batches]
         columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
@@ -114,19 +130,27 @@ class TrainEngine:
         """Whole Hugging Face tensors on every rank of the model copy, in bounded buckets; collective."""
         return export.gathered(self._models, self.groups, self.architecture)
 
-    def export(self, path: str) -> None:
-        """Writes a Hugging Face directory; collective."""
-        export.save_hf(path, self.hf_path, self._models, self.groups, self.architecture)
+    def export(self, path: str, *, pad_token_id: int | None = None) -> None:
+        """Writes a Hugging Face directory; collective. `pad_token_id` is for the config.json of a score head."""
+        changes = None
+        if self.architecture.num_labels is not None:
+            changes = classifier_config(hf_files.read_config(self.hf_path), pad_token_id)
+        export.save_hf(path, self.hf_path, self._models, self.groups, self.architecture, config_changes=changes)
 
     def save(self, path: str) -> None:
-        """Writes the training checkpoint (weights, optimizer); collective."""
-        assert self._optimizer is not None, "a frozen engine has nothing to resume"
+        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective."""
         checkpoint.save(path, self._chunks, self._optimizer)
 
     def load(self, path: str) -> None:
         """Reads what `save` wrote; collective."""
-        assert self._optimizer is not None, "a frozen engine has nothing to resume"
         checkpoint.load(path, self._chunks, self._optimizer)
+
+    @torch.no_grad()
+    def mix_in(self, other: TrainEngine, weight: float) -> None:
+        """Every parameter p becomes weight * (other's p) + (1 - weight) * p; both awake, at one layout."""
+        for mine, theirs in zip(self._models, other._models, strict=True):
+            for kept, new in zip(mine.parameters(), theirs.parameters(), strict=True):
+                kept.mul_(1.0 - weight).add_(new, alpha=weight)
 
     def sleep(self) -> None:
         """Parameters, gradients and optimizer state leave the device, when `vllm_enable_sleep_mode` says so."""
@@ -136,6 +160,15 @@ class TrainEngine:
     def wake(self, *_: str) -> None:
         """They come back bitwise. The tags that a rollout engine knows mean nothing here."""
         self._offload.wake()
+
+    @contextmanager
+    def kept_as_it_was(self) -> Iterator[None]:
+        """Awake inside the block, and asleep after it if it was before."""
+        was_asleep = self._offload.asleep
+        self.wake()
+        yield
+        if was_asleep:
+            self.sleep()
 
     def _resident_tensors(self) -> Iterator[Tensor]:
         for model in self._models:
@@ -155,4 +188,19 @@ class TrainEngine:
         return model(batch.tokens[None], positions[None], None, packed_seq_params=PackedSequences.of(batch))
 
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return language_model_columns(self._models[-1], hidden, batch, self.groups, self.architecture.vocab_size)
+        model = self._models[-1]
+        if self.architecture.num_labels is not None:
+            return score_columns(model, hidden, batch)
+        return language_model_columns(model, hidden, batch, self.groups, self.architecture.vocab_size, self._extras)
+
+
+def _architecture(model_path: str, score_head: bool) -> Architecture:
+    config = hf_files.read_config(model_path)
+    if score_head:
+        return architecture_of(config).with_score_head()
+    if is_classifier(config):
+        raise UserError(
+            f"{model_path} is a {config['architectures'][0]}, which has no language model head; give a causal "
+            "language model, or use it as a reward model"
+        )
+    return architecture_of(config)

@@ -43,6 +43,15 @@ def arguments(layout: Layout, **fields: Any) -> SFTConfig:
     return SFTConfig(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, **fields)
 
 
-def make_engine(path: str, layout: Layout, *, trainable: bool = True, **fields: Any) -> TrainEngine:
+def make_engine(
+    path: str,
+    layout: Layout,
+    *,
+    trainable: bool = True,
+    score_head: bool = False,
+    extras: tuple[str, ...] = (),
+    **fields: Any,
+) -> TrainEngine:
     """A TrainEngine on the calling ranks."""
-    return TrainEngine(path, arguments(layout, **fields), groups_of(layout), trainable=trainable)
+    kind = {"trainable": trainable, "score_head": score_head, "extras": extras}
+    return TrainEngine(path, arguments(layout, **fields), groups_of(layout), **kind)

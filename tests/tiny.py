@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 # A vocabulary that 2 does not divide, head_dim unlike hidden / heads, grouped queries, tied and untied.
 SIZES = dict(
@@ -40,10 +46,19 @@ def save_tiny_model(
     family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
 ) -> str:
     """Writes a random model of the family, its config changed by `changes`, to `path`; returns it as a string."""
+    return _save(AutoModelForCausalLM, family, path, seed, dtype, changes)
+
+
+def save_tiny_classifier(family: str, path: Path, *, seed: int = 0, **changes: Any) -> str:
+    """The same with a score head of one label, as a reward model has it."""
+    return _save(AutoModelForSequenceClassification, family, path, seed, torch.float32, {"num_labels": 1, **changes})
+
+
+def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, changes: dict[str, Any]) -> str:
     torch.manual_seed(seed)
     config = CONFIGS[family]()
     config.update(changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             # Large enough that attention is not uniform and every bias and norm weight shows in the output.

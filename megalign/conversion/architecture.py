@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -33,6 +33,8 @@ class Architecture:
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys."""
     tied_embeddings: bool = False
+    num_labels: int | None = None
+    """Outputs of a score head in the place of the language model's head (*ForSequenceClassification)."""
 
     @property
     def query_size(self) -> int:
@@ -47,3 +49,7 @@ class Architecture:
     def padded_vocab_size(self, tp_size: int) -> int:
         """The vocabulary rounded up to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tp_size) * tp_size
+
+    def with_score_head(self) -> Architecture:
+        """The same decoder with a head of one output: a reward model or a critic."""
+        return replace(self, num_labels=1, tied_embeddings=False)

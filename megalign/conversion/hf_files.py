@@ -116,8 +116,10 @@ class HfWriter:
         *,
         dtype: torch.dtype | None = None,
         max_shard_size: str | int = "5GB",
+        config_changes: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.source, self.dtype = Path(path), Path(source), dtype
+        self._config_changes = dict(config_changes or {})
         self.max_bytes = parse_size(max_shard_size)
         self._shards: list[list[str]] = []
         self._pending: dict[str, Tensor] = {}
@@ -163,7 +165,7 @@ class HfWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def _write_config(self) -> None:
-        config = read_config(self.source)
+        config = read_config(self.source) | self._config_changes
         if len(self._dtypes) == 1:
             name = str(next(iter(self._dtypes))).removeprefix("torch.")
             # transformers before 4.56 knows only torch_dtype: renew the key that the source has.

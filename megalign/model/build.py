@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from torch import Tensor, nn
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, empty, nn
 
 from megalign import device
 from megalign.conversion.architecture import Architecture
@@ -28,10 +30,26 @@ class HiddenStatesModel(GPTModel):
 
     @property
     def head_weight(self) -> Tensor:
-        """[padded V / tp, H], the embedding's when tied; on the last stage only."""
+        """[padded V / tp, H], the embedding's when tied, or a score head's [1, H]; on the last stage only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+class ScoreHead(nn.Module):
+    """The weight [labels, H] of a reward model or critic; whole on every tensor rank."""
+
+    def __init__(self, config: TransformerConfig, num_labels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(empty(num_labels, config.hidden_size, dtype=config.params_dtype))
+        # Megatron sums this gradient over tensor ranks when each saw only its part of the sequence.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The weight as Megatron's checkpoints describe a replicated tensor."""
+        return make_sharded_tensors_for_checkpoint({"weight": self.weight}, prefix, {}, sharded_offsets)
 
 
 def build_model(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> list[HiddenStatesModel]:
@@ -49,6 +67,8 @@ def build_model(architecture: Architecture, args: LoopConfig, groups: ParallelGr
             rotary_base=architecture.rotary_base,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
         )
+        if architecture.num_labels is not None and groups.is_last_stage:
+            model.output_layer = ScoreHead(config, architecture.num_labels)
         model.to(device.device())
     _mark_tensor_parallel(model)
     # Megatron's own scaling knows one set of Llama 3 constants only.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -14,8 +15,8 @@ from megalign.model.optimizer import adam_states
 from megalign.patches.megatron import megatron_calls
 
 
-def save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
-    """Writes the state of all ranks into `path`; collective. `chunks` are DDP-wrapped."""
+def save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> None:
+    """Writes the state of all ranks into `path`; collective. With an optimizer `chunks` are DDP-wrapped."""
     if dist.get_rank() == 0:
         os.makedirs(path, exist_ok=True)
     dist.barrier()
@@ -24,20 +25,30 @@ def save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> No
     dist.barrier()
 
 
-def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
+def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Reads what `save` wrote into the live model and optimizer; collective."""
-    adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
+    if optimizer is not None:
+        adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
     with megatron_calls():
         state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), path)
-        chunks[0].module.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        _model_of(chunks[0]).load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
 
 
-def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(
+    chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
     assert len(chunks) == 1, "interleaved chunks need a key each"
+    if optimizer is None:
+        return {"model": chunks[0].sharded_state_dict()}
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": chunks[0].dp_cp_group}
     model = chunks[0].module.sharded_state_dict(metadata=metadata)
     return {
         "model": model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
     }
+
+
+def _model_of(chunk: nn.Module) -> nn.Module:
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk

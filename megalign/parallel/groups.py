@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     if _made is not None and _made[1].world.group is not dist.group.WORLD:
         _made = None  # the job's groups were ended, and Megatron's with them
     if _made is not None and _made[0] == layout:
+        _set_timeout([dist.group.WORLD, *_made[2]], timeout_s)
         return _made[1]
     world, model = dist.get_world_size(), math.prod(layout)
     if world % model:
@@ -88,6 +90,7 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
         _made = None
     before = set(_process_groups())
     groups = _make(layout, timeout_s)
+    _set_timeout([dist.group.WORLD], timeout_s)  # somebody else may have started it
     _made = (layout, groups, [group for group in _process_groups() if group not in before])
     return groups
 
@@ -110,6 +113,14 @@ def _make(layout: _Layout, timeout_s: float) -> ParallelGroups:
         dp=_axis(mpu.get_data_parallel_group()),
         mp=_axis(mpu.get_model_parallel_group()),
     )
+
+
+def _set_timeout(groups: list[Any], timeout_s: float) -> None:
+    # torch has no public way, and a group keeps what it was made with: another trainer's ddp_timeout.
+    alive = _process_groups()
+    for group in groups:
+        if group in alive:
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
 
 
 def _process_groups() -> list[Any]:
@@ -141,6 +152,13 @@ def start_distributed(timeout_s: float) -> None:
     launch.prepare_environment()
     device.select_device()
     dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def end_distributed() -> None:
+    """Leaves the job, as the last thing that a process does."""
+    # vLLM's exit handler (0.32) ends its own groups and then the default one, and fails where that is gone already.
+    if dist.is_initialized() and "vllm" not in sys.modules:
+        dist.destroy_process_group()
 
 
 def seed_parallel_rng(seed: int) -> None:

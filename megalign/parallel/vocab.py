@@ -19,11 +19,16 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class TokenScores(NamedTuple):
-    """What the head says of each of N tokens."""
+    """What the head says of each of N tokens, float32; the last two only where they were asked for."""
 
-    logprobs: Tensor  # [N] float32, differentiable
-    entropy: Tensor  # [N] float32, differentiable
-    argmax_correct: Tensor  # [N] float32, 1 where the token was the most probable one
+    logprobs: Tensor  # [N] differentiable
+    entropy: Tensor  # [N] differentiable
+    argmax_correct: Tensor  # [N] 1 where the token was the most probable one
+    mean_logits: Tensor | None = None  # [N] the logits' mean over the vocabulary
+    log_sum_squares: Tensor | None = None  # [N] log sum_v p_v^2 (WPO, arXiv 2406.11827 eq. 2)
+
+
+EXTRAS = ("mean_logits", "log_sum_squares")
 
 
 def token_scores(
@@ -35,31 +40,34 @@ def token_scores(
     vocab_size: int,  # rows at or past it are padding: probability 0
     tp: Axis,
     bias: Tensor | None = None,  # [V / tp]
+    extras: tuple[str, ...] = (),  # of EXTRAS
 ) -> TokenScores:
     """log softmax(hidden @ weight.T / temperature)[labels], its entropy, and whether labels are the argmax."""
-    return TokenScores(*_TokenScores.apply(hidden, weight, bias, labels, temperature, vocab_size, tp))
+    logprobs, entropy, correct, *rest = _TokenScores.apply(
+        hidden, weight, bias, labels, temperature, vocab_size, tp, extras
+    )
+    return TokenScores(logprobs, entropy, correct, **dict(zip(extras, rest, strict=True)))
 
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, temperature, vocab_size, tp):  # noqa: ANN001, ANN205
+    def forward(ctx, hidden, weight, bias, labels, temperature, vocab_size, tp, extras):  # noqa: ANN001, ANN205
         shard = _Shard(weight, bias, vocab_size, tp)
         parts = [
-            shard.scores(hidden[rows], labels[rows], None if temperature is None else temperature[rows])
+            shard.scores(hidden[rows], labels[rows], None if temperature is None else temperature[rows], extras)
             for rows in _chunks(hidden, weight)
         ]
-        if parts:
-            logprobs, entropy, correct, log_normaliser = (torch.cat(column) for column in zip(*parts, strict=True))
-        else:
-            logprobs, entropy, correct, log_normaliser = hidden.new_zeros(4, 0, dtype=torch.float32).unbind()
+        empty = hidden.new_zeros(4 + len(extras), 0, dtype=torch.float32).unbind()
+        columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
+        logprobs, entropy, log_normaliser, *others = columns
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, log_normaliser, entropy)
         ctx.vocab_size, ctx.tp = vocab_size, tp
-        ctx.mark_non_differentiable(correct)
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)  # most losses leave the entropy alone
-        return logprobs, entropy, correct
+        return logprobs, entropy, *others
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy, _grad_correct):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_logprobs, grad_entropy, *_):  # noqa: ANN001, ANN205
         hidden, weight, bias, labels, temperature, log_normaliser, entropy = ctx.saved_tensors
         shard = _Shard(weight, bias, ctx.vocab_size, ctx.tp)
         if grad_logprobs is None:
@@ -89,7 +97,7 @@ class _TokenScores(torch.autograd.Function):
             dist.all_reduce(grad_hidden, group=ctx.tp.group)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
 
 
 class _Shard:
@@ -110,8 +118,10 @@ class _Shard:
         logits[:, self.num_real :] = -torch.inf
         return logits
 
-    def scores(self, hidden: Tensor, labels: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
-        """logprobs, entropy, argmax_correct and log normaliser, [n] each."""
+    def scores(
+        self, hidden: Tensor, labels: Tensor, temperature: Tensor | None, extras: tuple[str, ...] = ()
+    ) -> tuple[Tensor, ...]:
+        """logprobs, entropy, log normaliser, argmax_correct and the extras, [n] each."""
         logits = self.logits(hidden, temperature)
         top = logits.max(dim=1).values
         if self.tp.size > 1:
@@ -122,13 +132,22 @@ class _Shard:
         exponentials = logits.exp()
         # 0 * -inf of padding rows would be NaN; their exponential is 0 whatever the logit.
         weighted = (exponentials[:, : self.num_real] * logits[:, : self.num_real]).sum(1)
-        sums = torch.stack([exponentials.sum(1), weighted, target])
+        sums = [exponentials.sum(1), weighted, target]
+        if extras:
+            real = torch.full_like(top, self.num_real)
+            sums += [logits[:, : self.num_real].sum(1) + real * top, real, exponentials.square().sum(1)]
+        sums = torch.stack(sums)
         if self.tp.size > 1:
             dist.all_reduce(sums, group=self.tp.group)
         log_sum = sums[0].log()
         logprobs = sums[2] - top - log_sum
         entropy = log_sum - sums[1] / sums[0]
-        return logprobs, entropy, (sums[2] >= top).float(), top + log_sum
+        scores = (logprobs, entropy, top + log_sum, (sums[2] >= top).float())
+        if not extras:
+            return scores
+        scale = 1.0 if temperature is None else temperature
+        more = {"mean_logits": sums[3] / sums[4] * scale, "log_sum_squares": sums[5].log() - 2 * log_sum}
+        return *scores, *(more[name] for name in extras)
 
     def grad_logits(
         self,

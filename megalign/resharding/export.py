@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,8 +72,9 @@ def save_hf(
     architecture: Architecture,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
+    config_changes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the model, with the config and tokenizer of `hf_source`; a collective over the world.
+    """Writes the model, with the tokenizer and the (changed) config of `hf_source`; a collective over the world.
 
     One rank of the first model copy writes. If it cannot, every rank raises its UserError at the end.
     """
@@ -81,7 +83,8 @@ def save_hf(
     if groups.dp.rank == 0 and groups.cp.rank == 0:
         stream = gathered(chunks, groups, architecture)
         if groups.mp.rank == 0:
-            error = _write(path, hf_source, stream, dtype, max_shard_size)
+            options = {"dtype": dtype, "max_shard_size": max_shard_size, "config_changes": config_changes or {}}
+            error = _write(path, hf_source, stream, options)
         for _ in stream:  # the collectives of the writer's buckets, also of those that it had no room for
             pass
     told = [error]
@@ -95,12 +98,11 @@ def _write(
     path: str | os.PathLike[str],
     hf_source: str | os.PathLike[str],
     stream: Iterator[tuple[str, Tensor]],
-    dtype: torch.dtype | None,
-    max_shard_size: str,
+    options: Mapping[str, Any],
 ) -> str | None:
     """The text of the error that stopped it, if any."""
     try:
-        writer = HfWriter(path, hf_source, dtype=dtype, max_shard_size=max_shard_size)
+        writer = HfWriter(path, hf_source, **options)
         for name, tensor in stream:
             writer.add(name, tensor)
         writer.close()

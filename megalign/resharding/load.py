@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import rules_of
+from megalign.conversion.families import SCORE_HEAD, is_classifier, rules_of
 from megalign.conversion.hf_files import HfReader
 from megalign.conversion.rules import hf_shapes
 from megalign.parallel.groups import ParallelGroups
@@ -22,17 +23,29 @@ def load_hf(
     chunks: Sequence[nn.Module],
     groups: ParallelGroups,
     architecture: Architecture,
+    seed: int = 0,
 ) -> None:
     """Fills every parameter of the (VPP) chunks, cast to its dtype; a collective over the model copy.
 
-    Every rank checks all tensors of the directory by their headers, so that all raise when one would.
+    Every rank checks all tensors of the directory by their headers, so that all raise when one would. A score head
+    on a language model's directory begins at random, from `seed`, the same at every layout.
     """
     plan_of(chunks, groups, architecture)  # raises unless the ranks together hold the whole model
     reader = HfReader(path)
-    ignored = {"lm_head.weight"} if architecture.tied_embeddings else set()
-    reader.check(hf_shapes(rules_of(architecture), architecture), ignored=ignored)
+    has_new_head = architecture.num_labels is not None and not is_classifier(reader.config)
+    expected = hf_shapes(rules_of(architecture), architecture)
+    new = _new_head(expected.pop(SCORE_HEAD), reader.config, seed) if has_new_head else None
+    # A tied head may be in the file as a second copy of the embedding; a score head takes any other's place.
+    reader.check(expected, ignored={"lm_head.weight"} if architecture.tied_embeddings or has_new_head else set())
     for _, tensor, pieces in local_tensors(chunks, groups, architecture).values():
         if sum(torch.Size(piece.shape).numel() for piece in pieces) < tensor.numel():
             tensor.zero_()  # the pad rows of the vocabulary
         for piece in pieces:
-            tensor[piece.shard_index].copy_(reader.read(piece.hf_name, piece.hf_index))
+            is_new = new is not None and piece.hf_name == SCORE_HEAD
+            tensor[piece.shard_index].copy_(new if is_new else reader.read(piece.hf_name, piece.hf_index))
+
+
+def _new_head(shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> Tensor:
+    """As transformers initialises a score head: normal with initializer_range."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * config.get("initializer_range", 0.02)

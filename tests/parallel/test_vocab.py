@@ -34,7 +34,9 @@ def _reference() -> dict[str, torch.Tensor]:
     entropy = -(log_p.exp() * log_p).sum(1)
     (logprobs * seeds[0] + entropy * seeds[1]).sum().backward()
     correct = (logits.argmax(1) == labels).float()
+    raw = (hidden @ weight.T + bias)[:, :VOCAB]
     return {
+        "mean_logits": raw.mean(1), "log_sum_squares": log_p.exp().square().sum(1).log(),
         "logprobs": logprobs, "entropy": entropy, "correct": correct,
         "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad,
     }  # fmt: skip
@@ -49,11 +51,12 @@ def _sharded() -> dict[str, torch.Tensor]:
     old, vocab.CHUNK_ELEMENTS = vocab.CHUNK_ELEMENTS, {"cpu": 4 * len(weight)}  # several chunks, the last one short
     scores = vocab.token_scores(
         hidden, weight, labels, temperature=temperature, vocab_size=VOCAB, bias=bias,
-        tp=Axis(dist.group.WORLD, rank, size, list(range(size))),
+        tp=Axis(dist.group.WORLD, rank, size, list(range(size))), extras=("mean_logits", "log_sum_squares"),
     )  # fmt: skip
     (scores.logprobs * seeds[0] + scores.entropy * seeds[1]).sum().backward()
     vocab.CHUNK_ELEMENTS = old
     return {
+        "mean_logits": scores.mean_logits, "log_sum_squares": scores.log_sum_squares,
         "logprobs": scores.logprobs.detach(), "entropy": scores.entropy.detach(), "correct": scores.argmax_correct,
         "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad,
     }  # fmt: skip
@@ -63,7 +66,7 @@ def _sharded() -> dict[str, torch.Tensor]:
 def test_scores_and_gradients_equal_full_softmax(world: int) -> None:
     wanted = _reference()
     ranks = run_ranks(world, _sharded)
-    for name in ("logprobs", "entropy", "correct", "hidden"):
+    for name in ("logprobs", "entropy", "correct", "mean_logits", "log_sum_squares", "hidden"):
         for got in ranks:
             torch.testing.assert_close(
                 got[name].double(), wanted[name].double().detach(), rtol=2e-6, atol=2e-6, msg=name

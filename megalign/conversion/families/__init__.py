@@ -3,39 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import llama, qwen2, qwen3
-from megalign.conversion.rules import Rule
+from megalign.conversion.rules import Copy, Rule
 from megalign.errors import UserError
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 """By model_type, which is also Architecture.family."""
+HEAD = "output_layer.weight"
+SCORE_HEAD = "score.weight"
+_LANGUAGE_MODEL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 
 
 def family_of(config: Mapping[str, Any]) -> ModuleType:
-    """The family of a config.json's content."""
+    """The family of a config.json's content, whichever head it has."""
     by_architecture = {family.HF_ARCHITECTURE: family for family in FAMILIES.values()}
     # A config that was never saved with a model has no architecture; its type then says what it is.
     if config.get("architectures"):
         name, table = config["architectures"][0], by_architecture
     else:
         name, table = config.get("model_type"), FAMILIES
-    if name not in table:
+    decoder = name.replace(_CLASSIFIER, _LANGUAGE_MODEL) if isinstance(name, str) else name
+    if decoder not in table:
         raise UserError(
-            f"architecture {name!r} is not supported; megalign has {', '.join(by_architecture)} "
-            "(see config.json's 'architectures')"
+            f"architecture {name!r} is not supported; megalign has {', '.join(by_architecture)} and their "
+            f"{_CLASSIFIER} (see config.json's 'architectures')"
         )
-    return table[name]
+    return table[decoder]
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether the config.json is of a sequence classifier: a reward model."""
+    return (config.get("architectures") or [""])[0].endswith(_CLASSIFIER)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Reads the content of a config.json; what megalign does not compute is refused by name."""
-    return family_of(config).read_config(config)
+    architecture = family_of(config).read_config(config)
+    if not is_classifier(config):
+        return architecture
+    # transformers' own default is 2; it writes the names of the labels and not their number.
+    num_labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    if num_labels != 1:
+        raise UserError(
+            f"a sequence classifier with {num_labels} labels is no reward model: it must have 1; "
+            "train or save it with num_labels=1"
+        )
+    return architecture.with_score_head()
 
 
 def rules_of(architecture: Architecture) -> list[Rule]:
     """The weight rules of an architecture."""
-    return FAMILIES[architecture.family].rules(architecture)
+    rules = FAMILIES[architecture.family].rules(replace(architecture, num_labels=None))
+    if architecture.num_labels is None:
+        return rules
+    score = Copy.of(HEAD, SCORE_HEAD, ("num_labels", "hidden_size"))
+    return [score if rule.megatron == HEAD else rule for rule in rules]
+
+
+def classifier_config(config: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    """What a config.json says otherwise once the model has a score head of one output."""
+    changes: dict[str, Any] = {
+        "architectures": [family_of(config).HF_ARCHITECTURE.replace(_LANGUAGE_MODEL, _CLASSIFIER)],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }
+    # transformers finds the last token of a padded row by it, and refuses a batch without.
+    pad = config.get("pad_token_id") if pad_token_id is None else pad_token_id
+    return changes if pad is None else {**changes, "pad_token_id": pad}
