@@ -99,24 +99,23 @@ def completion_batch(
     completions: Sequence[Completion],
     *,
     mask_truncated_completions: bool,
-    advantages: Sequence[float] | None = None,
     temperature: float | None = None,
     multiple: int = 1,
     sequence_multiple: int = 1,
 ) -> Batch:
     """Completions -> one Batch with token columns loss_mask and rollout_logprobs (0 on prompts).
 
-    `advantages` (one for each completion) and `temperature` (the sampler's) become sequence columns when
-    given.
+    Sequence columns: `index`, a completion's place in the job; `ended`, 1 if it came to its end by itself; and
+    `temperature` (the sampler's) when given.
     """
-    sequences: list[dict[str, Any]] = [
-        completion_sequence(completion, mask_truncated_completions=mask_truncated_completions)
-        for completion in completions
-    ]
-    if advantages is not None:
-        for sequence, advantage in zip(sequences, advantages, strict=True):
-            sequence["advantages"] = advantage
-    if temperature is not None:
-        for sequence in sequences:
+    sequences: list[dict[str, Any]] = []
+    for completion in completions:
+        sequence: dict[str, Any] = completion_sequence(
+            completion, mask_truncated_completions=mask_truncated_completions
+        )
+        sequence["index"] = completion.index
+        sequence["ended"] = completion.finish_reason == "stop"
+        if temperature is not None:
             sequence["temperature"] = temperature
+        sequences.append(sequence)
     return pack(sequences, multiple=multiple, sequence_multiple=sequence_multiple)

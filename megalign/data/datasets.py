@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,14 +9,28 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megalign.data.chat import as_messages, assistant_tokens, chat_ids, common_prefix_length, is_conversation
+from megalign.data.chat import as_messages, assistant_tokens, chat_ids, is_conversation
+from megalign.data.completions import Completed, completion_start, ended, template_options
 from megalign.data.packing import pack_dataset
+from megalign.data.preference import prepare_orpo_pairs, prepare_pairs, prepare_reward_pairs
 from megalign.data.prompts import prepare_prompts
-from megalign.data.reading import load_rows, load_split, once_per_job
-from megalign.data.rows import Row, check_tokens, needed
+from megalign.data.reading import load_rows, load_split, once_per_job, take_rows
+from megalign.data.rows import Row, check_tokens, naming_row, needed
+from megalign.data.unpaired import prepare_unpaired
 from megalign.errors import UserError
 
-__all__ = ["load_rows", "load_split", "once_per_job", "prepare_prompts", "prepare_sft"]
+__all__ = [
+    "load_rows",
+    "load_split",
+    "once_per_job",
+    "prepare_orpo_pairs",
+    "prepare_pairs",
+    "prepare_prompts",
+    "prepare_reward_pairs",
+    "prepare_sft",
+    "prepare_unpaired",
+    "take_rows",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -82,15 +95,13 @@ def tokenized_row(
     row: Row, index: int, *, tokenizer: PreTrainedTokenizerBase | None, form: SFTFormat, vocab_size: int | None
 ) -> dict[str, list[Any]]:
     """One row -> its `input_ids` and `loss_mask`; an error names the row by its number, counted from 0."""
-    try:
+    with naming_row(index):
         if "input_ids" in row:
             tokenized = _from_tokens(row, form)
         else:
             assert tokenizer is not None, "checked for the dataset"
             tokenized = _from_text(row, tokenizer, form)
         check_tokens(tokenized["input_ids"], vocab_size)
-    except UserError as error:
-        raise UserError(f"dataset row {index}: {error}") from error
     return tokenized
 
 
@@ -154,7 +165,7 @@ def _from_plain_text(text: Any, tokenizer: PreTrainedTokenizerBase, form: SFTFor
         raise UserError(f"{form.text_field!r} must be text, not {type(text).__name__}")
     if form.completion_only_loss:
         raise UserError("completion_only_loss=True needs rows with prompt and completion, and this is plain text")
-    ids = tokenizer(text=_ended(text, tokenizer))["input_ids"]
+    ids = tokenizer(text=ended(text, tokenizer))["input_ids"]
     return {"input_ids": ids, "loss_mask": [True] * len(ids)}
 
 
@@ -163,7 +174,7 @@ def _from_prompt_and_completion(
 ) -> dict[str, list[Any]]:
     _refuse_assistant_only(form)
     prompt_ids = tokenizer(text=prompt)["input_ids"]
-    ids = tokenizer(text=prompt + _ended(completion, tokenizer))["input_ids"]
+    ids = tokenizer(text=prompt + ended(completion, tokenizer))["input_ids"]
     mask = _completion_mask(prompt_ids, ids, tokenizer)
     return {"input_ids": ids, "loss_mask": [True] * len(ids) if form.completion_only_loss is False else mask}
 
@@ -173,35 +184,8 @@ def _refuse_assistant_only(form: SFTFormat) -> None:
         raise UserError("assistant_only_loss=True needs messages, and this row is text; leave it False")
 
 
-def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.eos_token is None:
-        raise UserError("text ends with the tokenizer's end token and it has none; eos_token names one")
-    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
-
-
 def _completion_mask(prompt_ids: list[int], ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
-    """The completion begins where prompt and prompt + completion part, which may be within the prompt's
-    last token.
-    """
-    start = common_prefix_length(prompt_ids, ids)
-    if start < len(prompt_ids):
-        logger.warning_once(
-            f"a prompt's end, {tokenizer.decode(prompt_ids[start:])!r}, becomes other tokens when the "
-            "completion follows: the model is trained on a prompt it will not see; end prompts where a token "
-            "ends (shown once)"
-        )
-    return [False] * start + [True] * (len(ids) - start)
-
-
-def _template_options(row: Row) -> dict[str, Any]:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"its 'tools' must be a list of tools or the JSON text of one: {error}") from error
-    # `or None`: Llama's template describes how to call tools even when the list is empty.
-    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+    return Completed(ids, completion_start(prompt_ids, ids, tokenizer=tokenizer)).mask
 
 
 def _from_conversation(
@@ -209,7 +193,7 @@ def _from_conversation(
 ) -> dict[str, list[Any]]:
     if form.completion_only_loss:  # a conversation's completion is its last message
         return _from_turns(messages[:-1], messages[-1:], row, tokenizer, form)
-    options = _template_options(row)
+    options = template_options(row)
     if not form.assistant_only_loss:
         ids = chat_ids(tokenizer, messages, options=options)
         return {"input_ids": ids, "loss_mask": [True] * len(ids)}
@@ -224,7 +208,7 @@ def _from_turns(
     tokenizer: PreTrainedTokenizerBase,
     form: SFTFormat,
 ) -> dict[str, list[Any]]:
-    options = _template_options(row)
+    options = template_options(row)
     masks = []
     if form.assistant_only_loss:
         ids, mask = assistant_tokens(tokenizer, prompt + completion, options=options)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from megalign.data.chat import as_messages, chat_ids, is_conversation
-from megalign.data.rows import Row, check_tokens, needed
+from megalign.data.rows import Row, check_tokens, naming_row, needed
 from megalign.errors import UserError
 
 
@@ -59,17 +59,14 @@ def prompt_row(
     vocab_size: int | None,
 ) -> dict[str, list[int]]:
     """One row -> its `prompt_ids`; an error names the row by its number, counted from 0."""
-    try:
+    with naming_row(index):
         ids = _prompt_ids(needed(row, "prompt"), tokenizer, options)
         check_tokens(ids, vocab_size)
-    except UserError as error:
-        raise UserError(f"dataset row {index}: {error}") from error
-    if limit is not None and len(ids) > limit:
-        raise UserError(
-            f"dataset row {index}: its prompt has {len(ids)} tokens and the limit is {limit} (the model's "
-            "length less max_completion_length); shorten it, raise vllm_max_model_length or lower "
-            "max_completion_length"
-        )
+        if limit is not None and len(ids) > limit:
+            raise UserError(
+                f"its prompt has {len(ids)} tokens and the limit is {limit} (the model's length less "
+                "max_completion_length); shorten it, raise vllm_max_model_length or lower max_completion_length"
+            )
     return {"prompt_ids": ids}
 
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from datasets import Dataset, DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
 
 from megalign.errors import UserError
@@ -16,16 +26,28 @@ from megalign.errors import UserError
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_split(args: Any, split: str) -> Dataset:
+Rows = Dataset | IterableDataset  # the latter with streaming=True
+Splits = Mapping[str, Rows]
+
+
+def load_split(args: Any, split: str) -> Rows:
     """Rows of one split: of `args.dataset_name` or, for dataset_test_split, of `args.eval_dataset_name` if
     given.
+
+    Several names are mixed: the training split by dataset_weights, any other one after another.
     """
     if split == args.dataset_test_split and args.eval_dataset_name is not None:
         # Rows that were named for evaluation are all meant, whatever their file calls its split.
-        return load_rows(args.eval_dataset_name, split=split, field="eval_dataset_name", only_split=True)
-    if args.dataset_name is None:
+        name, field = args.eval_dataset_name, "eval_dataset_name"
+        return load_rows(name, split=split, field=field, only_split=True, streaming=args.streaming)
+    if not args.dataset_name:
         raise UserError("dataset_name is missing; give a .jsonl or .parquet file, a directory or a hub name")
-    return load_rows(args.dataset_name, split=split, field="dataset_name", config=args.dataset_config)
+    names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name
+    parts = {name: load_rows(name, split=split, config=args.dataset_config, streaming=args.streaming) for name in names}
+    if len(names) == 1:
+        return parts[names[0]]
+    weights = args.dataset_weights if split == args.dataset_train_split else None
+    return mixed([parts[name] for name in names], names, weights=weights, seed=args.data_order_seed)
 
 
 def load_rows(
@@ -35,58 +57,63 @@ def load_rows(
     field: str = "dataset_name",
     config: str | None = None,
     only_split: bool = False,
-) -> Dataset:
+    streaming: bool = False,
+) -> Rows:
     """A split of a local file, a directory (of such files, or written by save_to_disk) or a hub dataset.
 
     `field` is what errors call the name. With `only_split` a dataset of a single split gives it, whatever
-    its name.
+    its name. With `streaming` rows are read when they are asked for.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        return _chosen(_read_files(str(path), path.suffix, field), split, f"{field}={name!r}", only_split)
-    if path.is_dir():
-        return _chosen(_read_directory(path, field), split, f"{field}={name!r}", only_split)
-    if path.is_absolute() or name.startswith((".", "~")) or path.suffix in _READERS:
+        splits = _read_files(str(path), path.suffix, field, streaming)
+    elif path.is_dir():
+        splits = _read_directory(path, field, streaming)
+    elif path.is_absolute() or name.startswith((".", "~")) or path.suffix in _READERS:
         raise UserError(f"{field}={name!r} does not exist; give a .jsonl or .parquet file, a directory or a hub name")
-    return _from_hub(name, config, split, field, only_split)
+    else:
+        splits = _from_hub(name, config, field, streaming)
+    return _chosen(splits, split, f"{field}={name!r}", only_split)
 
 
-def _read_files(path: str, suffix: str, field: str) -> DatasetDict:
+def _read_files(path: str, suffix: str, field: str, streaming: bool) -> Splits:
     if suffix not in _READERS:
         raise UserError(f"{field}={path!r} ends in {suffix!r}; files that are read end in {', '.join(_READERS)}")
     try:
-        return load_dataset(_READERS[suffix], data_files=path)
+        return load_dataset(_READERS[suffix], data_files=path, streaming=streaming)
     except DatasetGenerationError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{field}={path!r} cannot be read as {_READERS[suffix]}: {reason}") from error
 
 
-def _read_directory(path: Path, field: str) -> DatasetDict:
-    if (path / "dataset_dict.json").is_file():
-        return load_from_disk(str(path))
-    if (path / "state.json").is_file():
-        return DatasetDict({"train": load_from_disk(str(path))})
+def _read_directory(path: Path, field: str, streaming: bool) -> Splits:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = load_from_disk(str(path))
+        splits = {"train": saved} if isinstance(saved, Dataset) else saved
+        return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
     suffixes = {file.suffix for file in path.rglob("*") if file.suffix in _READERS}
     if not suffixes:
         raise UserError(f"{field}={str(path)!r} holds no {', '.join(_READERS)} files; name a directory that does")
     try:
-        return load_dataset(str(path))
+        return load_dataset(str(path), streaming=streaming)
     except DatasetGenerationError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{field}={str(path)!r} cannot be read: {reason}") from error
 
 
-def _from_hub(name: str, config: str | None, split: str, field: str, only_split: bool) -> Dataset:
+def _from_hub(name: str, config: str | None, field: str, streaming: bool) -> Splits:
     try:
         builder = load_dataset_builder(name, config)
+        if streaming:
+            return builder.as_streaming_dataset()
         builder.download_and_prepare()
     except (OSError, ValueError) as error:  # no such name, no network, no such config
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{field}={name!r} is no file or directory here, and the hub says: {reason}") from error
-    return _chosen(builder.as_dataset(), split, f"{field}={name!r}", only_split)
+    return builder.as_dataset()
 
 
-def _chosen(splits: DatasetDict, split: str, what: str, only_split: bool) -> Dataset:
+def _chosen(splits: Splits, split: str, what: str, only_split: bool) -> Rows:
     if split in splits:
         return splits[split]
     if only_split and len(splits) == 1:
@@ -95,6 +122,63 @@ def _chosen(splits: DatasetDict, split: str, what: str, only_split: bool) -> Dat
         f"{what} has no split {split!r}, only {', '.join(map(repr, splits))}; dataset_train_split and "
         "dataset_test_split name splits, eval_dataset_name other rows to evaluate on"
     )
+
+
+# ---- several datasets, streams
+
+
+def mixed(parts: Sequence[Rows], names: Sequence[str], *, weights: Sequence[float] | None, seed: int) -> Rows:
+    """The rows of all parts: one part after another or, with weights, each row from a part drawn with these
+    probabilities, until every part has been read whole; a part that ends sooner starts again.
+
+    `names` are what errors call the parts.
+    """
+    first, *others = [_columns(part, name) for part, name in zip(parts, names, strict=True)]
+    for columns, name in zip(others, names[1:], strict=True):
+        if set(columns) != set(first):
+            raise UserError(
+                f"dataset_name mixes {names[0]!r}, whose columns are {', '.join(map(repr, first))}, with {name!r}, "
+                f"whose columns are {', '.join(map(repr, columns))}; bring them to the same columns"
+            )
+    try:
+        if weights is None:
+            return concatenate_datasets(list(parts))
+        shares = [weight / sum(weights) for weight in weights]
+        return interleave_datasets(list(parts), shares, seed=seed, stopping_strategy="all_exhausted")
+    except ValueError as error:  # the same column holds text here and a list there
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"dataset_name {', '.join(map(repr, names))} do not go together: {reason}") from error
+
+
+def _columns(part: Rows, name: str) -> list[str]:
+    """Those of the part's first row; a part without rows is refused."""
+    for row in part:
+        return list(row)
+    raise UserError(f"dataset_name {name!r} has no rows to mix; drop it")
+
+
+def take_rows(stream: IterableDataset, count: int | None, *, shuffle: bool = False, seed: int = 0) -> Dataset:
+    """The first `count` rows of a stream, or all that it has, held in memory; `shuffle` is datasets' own, within a
+    buffer of 1000 rows.
+
+    A run of max_steps needs max_steps times the rows of a step. A stream that ends before is gone through again,
+    epoch after epoch, like any dataset.
+    """
+    stream = stream.shuffle(seed=seed) if shuffle else stream
+    try:
+        rows = list(islice(stream, count))
+        return as_table(rows, features=stream.features)
+    except ValueError as error:  # pyarrow's: a line that is no JSON, a column that changes its type
+        raise UserError(f"the streamed rows cannot be read: {str(error).strip().splitlines()[0]}") from error
+
+
+def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = None) -> Dataset:
+    """Rows as a dataset with the columns of all of them; a row without a column has None there."""
+    names = features or dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, features=features)
+
+
+# ---- once for the job
 
 
 def once_per_job(make: Callable[[], Dataset], directory: str) -> Dataset:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+from datasets import List, Value
 
 from megalign.errors import UserError
 
 Row = Mapping[str, Any]
+
+# Said, not inferred: the first rows may be empty, and rows of other types would then be refused.
+TOKENS, MASK = List(Value("int64")), List(Value("bool"))
+
+
+@contextmanager
+def naming_row(index: int) -> Iterator[None]:
+    """An error within names the dataset's row by its number, counted from 0."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"dataset row {index}: {error}") from error
 
 
 def needed(row: Row, name: str) -> Any:

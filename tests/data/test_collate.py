@@ -71,7 +71,6 @@ def test_completions_are_trained_on_and_prompts_are_not() -> None:
             completion(1, [7], [4, 5], finish_reason="length", logprobs=[math.nan, -2.0]),
         ],
         mask_truncated_completions=False,
-        advantages=[0.5, -1.0],
         temperature=0.7,
         multiple=5,
     )
@@ -79,7 +78,7 @@ def test_completions_are_trained_on_and_prompts_are_not() -> None:
     assert batch["loss_mask"].int().tolist() == [0, 0, 1, 0, 1, 0, 1, 1, 0, 0]
     expected = torch.tensor([0, 0, -0.5, -1, -1.5, 0, math.nan, -2, 0, 0])
     torch.testing.assert_close(batch["rollout_logprobs"], expected, equal_nan=True)
-    assert batch["advantages"].tolist() == [0.5, -1.0]
+    assert batch["index"].tolist() == [0, 1] and batch["ended"].tolist() == [1, 0]
     torch.testing.assert_close(batch["temperature"], torch.tensor([0.7, 0.7]))
 
 
@@ -87,7 +86,7 @@ def test_completions_are_trained_on_and_prompts_are_not() -> None:
 def test_truncated_completions_can_be_masked_and_stay_sequences(masks: bool, expected: list[int]) -> None:
     batch = completion_batch([completion(0, [7], [4, 5], finish_reason="length")], mask_truncated_completions=masks)
     assert batch["loss_mask"].int().tolist() == expected and batch.num_sequences == 1
-    assert "advantages" not in batch and "temperature" not in batch
+    assert "temperature" not in batch
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from megalign.config import SFTConfig
-from megalign.data.reading import load_rows, load_split, once_per_job
+from megalign.data.reading import load_rows, load_split, mixed, once_per_job, take_rows
 from megalign.errors import UserError
 from tests.ranks import RanksError, run_ranks
 
@@ -131,3 +132,143 @@ def test_a_bug_on_rank_0_leaves_no_rank_waiting(tmp_path: Path) -> None:
     with pytest.raises(RanksError) as caught:
         run_ranks(2, broken, str(tmp_path), timeout=60, fresh=True)
     assert "a bug" in str(caught.value) and "rank 0 failed to prepare" in str(caught.value)
+
+
+# ---- several datasets
+
+
+def write_several(tmp_path: Path) -> list[str]:
+    """Three files of 6, 3 and 2 rows."""
+    return [
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{name}{place}"} for place in range(count)])
+        for name, count in (("a", 6), ("b", 3), ("c", 2))
+    ]
+
+
+def texts(rows: Dataset | IterableDataset) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_datasets_follow_one_another(tmp_path: Path, streaming: bool) -> None:
+    args = SFTConfig(dataset_name=write_several(tmp_path), streaming=streaming, max_steps=1)
+    assert texts(load_split(args, "train")) == [*(f"a{n}" for n in range(6)), "b0", "b1", "b2", "c0", "c1"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_weights_are_the_probabilities_with_which_rows_are_drawn(tmp_path: Path, streaming: bool) -> None:
+    names = [write(tmp_path / f"{name}.jsonl", [{"text": f"{name}{n}"} for n in range(1000)]) for name in "ab"]
+    args = SFTConfig(dataset_name=names, dataset_weights=[9, 3], streaming=streaming, max_steps=1)
+    rows = texts(load_split(args, "train"))
+    first = [text[0] for text in rows[:1200]].count("a") / 1200
+    assert abs(first - 0.75) < 0.05  # four standard deviations of 1200 draws
+    # a is read whole after some 1333 draws, b after some 4000: meanwhile a starts again
+    assert [text for text in rows if text[0] == "b"] == [f"b{n}" for n in range(1000)]
+    a_rows = [text for text in rows if text[0] == "a"]
+    assert a_rows == [f"a{place % 1000}" for place in range(len(a_rows))] and 2500 < len(a_rows) < 3500
+
+
+def test_the_mixture_is_the_data_seeds_whether_streamed_or_not(tmp_path: Path) -> None:
+    names = write_several(tmp_path)
+
+    def rows(**fields: object) -> list[str]:
+        return texts(load_split(SFTConfig(dataset_name=names, dataset_weights=[0.5, 0.2, 0.3], **fields), "train"))
+
+    assert rows(data_seed=7) == rows(seed=7) == rows(seed=7, streaming=True, max_steps=1) != rows()
+    assert set(rows()) == {*(f"a{n}" for n in range(6)), "b0", "b1", "b2", "c0", "c1"}
+
+
+def test_rows_to_evaluate_on_are_each_taken_once_whatever_the_weights(tmp_path: Path) -> None:
+    names = []
+    for name, count in (("a", 2), ("b", 3)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", [{"text": "x"}])
+        write(tmp_path / name / "test.jsonl", [{"text": f"{name}{place}"} for place in range(count)])
+        names.append(str(tmp_path / name))
+    args = SFTConfig(dataset_name=names, dataset_weights=[0.9, 0.1])
+    assert texts(load_split(args, "test")) == ["a0", "a1", "b0", "b1", "b2"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0]])
+def test_datasets_that_do_not_go_together_are_named(
+    tmp_path: Path, weights: list[float] | None, streaming: bool
+) -> None:
+    text = write(tmp_path / "text.jsonl", [{"text": "one"}])
+    cases = {
+        write(tmp_path / "more.jsonl", [{"text": "one", "n": 1}]): "'text'.*more.jsonl', whose columns are 'text', 'n'",
+        write(tmp_path / "lists.jsonl", [{"text": ["one"]}]): "lists.jsonl' do not go together: .*text",
+    }
+    for other, message in cases.items():
+        args = SFTConfig(dataset_name=[text, other], dataset_weights=weights, streaming=streaming, max_steps=1)
+        with pytest.raises(UserError, match=message) as caught:
+            load_split(args, "train")
+        assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_dataset_without_rows_cannot_be_mixed() -> None:
+    parts = [Dataset.from_list(ROWS), Dataset.from_list(ROWS).select([])]
+    with pytest.raises(UserError, match="'none' has no rows to mix"):
+        mixed(parts, ["some", "none"], weights=[1, 1], seed=0)
+
+
+# ---- streams
+
+
+def test_whatever_is_read_can_be_streamed(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    names = [
+        *(write(tmp_path / f"rows.{suffix}") for suffix in ("jsonl", "json", "parquet", "csv")),
+        str(Path(write(tmp_path / "files" / "train.jsonl")).parent),
+        str(tmp_path / "one"),
+        str(tmp_path / "two"),
+    ]
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "two")
+    for name in names:
+        stream = load_rows(name, split="train", streaming=True)
+        assert isinstance(stream, IterableDataset) and list(stream) == ROWS, name
+    with pytest.raises(UserError, match="no split 'test'"):
+        load_rows(names[0], split="test", streaming=True)
+
+
+def counting(count: int, read: list[int]) -> IterableDataset:
+    def rows() -> Iterator[dict[str, int]]:
+        for place in range(count):
+            read.append(place)
+            yield {"n": place}
+
+    return IterableDataset.from_generator(rows)
+
+
+def test_no_more_of_a_stream_is_read_than_is_taken() -> None:
+    read: list[int] = []
+    assert take_rows(counting(10**9, read), 5)["n"] == [0, 1, 2, 3, 4]
+    assert read == [0, 1, 2, 3, 4]
+
+
+def test_a_short_stream_gives_what_it_has() -> None:
+    assert take_rows(counting(3, []), 5)["n"] == take_rows(counting(3, []), None)["n"] == [0, 1, 2]
+
+
+def test_a_shuffled_stream_is_drawn_from_a_buffer_by_the_seed() -> None:
+    def taken(seed: int) -> list[int]:
+        return list(take_rows(counting(5000, []), 50, shuffle=True, seed=seed)["n"])
+
+    assert taken(1) == taken(1) != taken(2)
+    assert len(set(taken(1))) == 50 and 100 < max(taken(1)) < 1050  # 1000 rows of the buffer, and those that follow
+
+
+def test_rows_of_a_stream_may_lack_columns() -> None:
+    stream = IterableDataset.from_generator(lambda: iter([{"a": 1}, {"a": 2, "b": "x"}]))
+    assert take_rows(stream, 2).to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
+    with pytest.raises(UserError, match="streamed rows cannot be read: .*'x'"):
+        take_rows(IterableDataset.from_generator(lambda: iter([{"a": 1}, {"a": "x"}])), 2)
+
+
+def test_a_broken_line_of_a_stream_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    stream = load_rows(str(tmp_path / "broken.jsonl"), split="train", streaming=True)
+    with pytest.raises(UserError, match="the streamed rows cannot be read: JSON parse error") as caught:
+        take_rows(stream, 2)
+    assert "\n" not in str(caught.value)
