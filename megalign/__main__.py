@@ -1,4 +1,4 @@
-"""`python -m megalign {sft,grpo} --config run.yaml --field value`."""
+"""`python -m megalign COMMAND --config run.yaml --field value`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`megalign {sft,grpo} --config run.yaml --field value`: reads the options, runs the trainer, reports errors.
+"""`megalign COMMAND --config run.yaml --field value`: reads the options, runs the trainer, reports errors.
 
 Torch is imported only after every option has been understood.
 """
@@ -6,28 +6,75 @@ Torch is imported only after every option has been understood.
 from __future__ import annotations
 
 import importlib
-import inspect
-import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import Field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalign import launch
-from megalign.config import GRPOConfig, SFTConfig
-from megalign.config.base import Config, default_of, docs, hints, specs, unknown_name
-from megalign.config.values import asked_for, from_yaml, kinds, load_yaml, parse
+from megalign.config import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    LoopConfig,
+    ORPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+)
+from megalign.config.help import SYNTAX, field_lines
+from megalign.config.words import Words
 from megalign.errors import UserError
 
 if TYPE_CHECKING:
-    import datasets
+    from datasets import Dataset, IterableDataset
 
-COMMANDS: dict[str, type[Config]] = {"sft": SFTConfig, "grpo": GRPOConfig}
-SUMMARIES = {
-    "sft": "supervised fine-tuning on text, prompt-completion pairs, messages or tokenized rows",
-    "grpo": "reinforcement learning: group relative policy optimization with vLLM",
+# Fields of which one must be given, and what to write.
+_MODEL = (("model_name_or_path",), "path/to/model")
+_SFT_MODEL = (("model_name_or_path", "sft_model_path"), "path/to/model")
+_ROWS = (("dataset_name",), "rows.jsonl")
+_REWARDS = (("reward_funcs",), "accuracy_reward")
+_REWARDS_OR_MODEL = (("reward_funcs", "reward_model_path"), "accuracy_reward")
+
+
+class Command(NamedTuple):
+    """What a command fills in, which trainer it runs, and what it cannot do without."""
+
+    config: type[LoopConfig]
+    trainer: str  # module of megalign.trainers:class
+    summary: str
+    needs: tuple[tuple[tuple[str, ...], str], ...] = (_MODEL, _ROWS)
+
+
+COMMANDS: dict[str, Command] = {
+    "sft": Command(
+        SFTConfig,
+        "sft:SFTTrainer",
+        "supervised fine-tuning on text, prompt-completion pairs, messages or tokenized rows",
+    ),
+    "reward": Command(RewardConfig, "reward:RewardTrainer", "a reward model, on pairs of chosen and rejected answers"),
+    "dpo": Command(DPOConfig, "dpo:DPOTrainer", "direct preference optimization on such pairs"),
+    "kto": Command(KTOConfig, "kto:KTOTrainer", "preference optimization on single answers, good or bad"),
+    "orpo": Command(ORPOConfig, "orpo:ORPOTrainer", "preference optimization on pairs, without a reference model"),
+    "ppo": Command(
+        PPOConfig,
+        "ppo:PPOTrainer",
+        "reinforcement learning: proximal policy optimization with a critic, and vLLM",
+        (_REWARDS_OR_MODEL, _SFT_MODEL, _ROWS),
+    ),
+    "grpo": Command(
+        GRPOConfig,
+        "grpo:GRPOTrainer",
+        "reinforcement learning: group relative policy optimization with vLLM",
+        (_REWARDS, _MODEL, _ROWS),
+    ),
+    "rloo": Command(
+        RLOOConfig,
+        "rloo:RLOOTrainer",
+        "reinforcement learning: each completion against the others of its group, with vLLM",
+        (_REWARDS, _MODEL, _ROWS),
+    ),
 }
 
 
@@ -52,164 +99,76 @@ def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(top_level_help())
         return
-    command = argv.pop(0)
-    if command == "--version":
+    name = argv.pop(0)
+    if name == "--version":
         print(importlib.import_module("megalign").__version__)
         return
-    if command not in COMMANDS:
-        raise UserError(f"{command!r} is not a command; use {' or '.join(COMMANDS)}")
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is not a command; use one of {', '.join(COMMANDS)}")
     if "-h" in argv or "--help" in argv:
-        print(command_help(command))
+        print(command_help(name))
         return
-    args = parse_arguments(COMMANDS[command], argv)
+    command = COMMANDS[name]
+    args = parse_arguments(command.config, argv)
     # What Megatron falls back to without Transformer Engine and Apex is by design here; said once for each module and
     # rank, it would bury the progress bar.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     args.validate(launch.prepare_environment())
-    {"sft": run_sft, "grpo": run_grpo}[command](args)
+    _check_given(args, command)
+    _train(args, command)
 
 
-def run_sft(args: SFTConfig) -> None:
+def _check_given(args: LoopConfig, command: Command) -> None:
+    for names, example in command.needs:
+        if not any(getattr(args, name) for name in names):
+            raise UserError(f"{' or '.join(names)} is not given; give it, e.g. --{names[0]} {example}")
+
+
+def _train(args: LoopConfig, command: Command) -> None:
     """Trains as the options say; train() leaves the model in output_dir."""
-    model, train_dataset, eval_dataset = _inputs(args)
-    from megalign.trainers.sft import SFTTrainer
-
-    trainer = SFTTrainer(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
-    _train(trainer, args)
-
-
-def run_grpo(args: GRPOConfig) -> None:
-    """Trains as the options say; train() leaves the model in output_dir."""
-    if not args.reward_funcs:
-        raise UserError("reward_funcs is not given; name one or more, e.g. --reward_funcs accuracy_reward")
-    from megalign.rollout.reward_functions import resolve
-
-    reward_funcs = [resolve(name) for name in args.reward_funcs]
-    model, train_dataset, eval_dataset = _inputs(args)
-    from megalign.trainers.grpo import GRPOTrainer
-
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=reward_funcs,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-    )
-    _train(trainer, args)
-
-
-def _train(trainer: Any, args: SFTConfig | GRPOConfig) -> None:
+    train_dataset, eval_dataset = _datasets(args)
+    module, name = command.trainer.split(":")
+    trainer_class = getattr(importlib.import_module(f"megalign.trainers.{module}"), name)
+    # The rest of what TRL's constructors take - rewards, their models - stands in the config.
+    trainer = trainer_class(model=_model(args), args=args, train_dataset=train_dataset, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    import torch.distributed
-
-    # vLLM's exit handler (0.32) ends its own groups and then the default one, and fails where that is gone already.
-    if torch.distributed.is_initialized() and "vllm" not in sys.modules:
-        torch.distributed.destroy_process_group()
+    trainer.end()
 
 
-def _inputs(args: SFTConfig | GRPOConfig) -> tuple[str, datasets.Dataset, datasets.Dataset | None]:
-    """The model's name, the training rows, and the evaluation rows where they are asked for."""
-    for name, example in (("model_name_or_path", "path/to/model"), ("dataset_name", "rows.jsonl")):
-        if getattr(args, name) is None:
-            raise UserError(f"{name} is not given; give it, e.g. --{name} {example}")
+def _model(args: LoopConfig) -> str | None:
+    """Where training starts: PPO's may be the SFT model."""
+    if args.model_name_or_path is None and isinstance(args, PPOConfig):
+        return args.sft_model_path
+    return args.model_name_or_path
+
+
+def _datasets(args: LoopConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+    """The training rows, and the evaluation rows where they are asked for."""
     from megalign.data.datasets import load_split
 
     train_dataset = load_split(args, args.dataset_train_split)
-    eval_dataset = load_split(args, args.dataset_test_split) if args.evaluates else None
-    return args.model_name_or_path, train_dataset, eval_dataset
+    return train_dataset, load_split(args, args.dataset_test_split) if args.evaluates else None
 
 
-# --- options
+# --- options and help
 
 
-def parse_arguments(cls: type[Config], argv: list[str]) -> Any:
+def parse_arguments(cls: type[LoopConfig], argv: Sequence[str]) -> Any:
     """The config of `--config FILE` and `--field value` words; words win over the file."""
-    values: dict[str, Any] = {}
-    given = _words_by_name(cls, argv)
-    if "config" in given:
-        (path, *more) = given.pop("config") or [""]
-        if more or not path:
-            raise UserError(f"--config takes one YAML file, not {' '.join([path, *more])!r}; give --config run.yaml")
-        values = read_yaml(cls, path)
-    for name, words in given.items():
-        values[name] = _value_of_words(cls, name, words)
-    return cls(**values)
+    words = Words([cls])
+    (args,) = words.fill(words.values(argv))
+    return args
 
 
-def _words_by_name(cls: type[Config], argv: list[str]) -> dict[str, list[str]]:
-    """`--name word ...` and `--name=word` with - and _ alike -> name: words; names are checked here."""
-    given: dict[str, list[str]] = {}
-    name = None
-    for word in argv:
-        if not word.startswith("--"):
-            if name is None:
-                raise UserError(f"{word!r} stands before any --field; write --field {word}")
-            given[name].append(word)
-            continue
-        flag, equals, value = word[2:].partition("=")
-        name = flag.replace("-", "_")
-        if name != "config" and name not in specs(cls) and name not in cls.refused:
-            raise unknown_name(cls, name, others=("config",))
-        given[name] = [value] if equals else []
-    return given
-
-
-def _value_of_words(cls: type[Config], name: str, words: list[str]) -> Any:
-    """What the words after --name mean; none is a bare boolean."""
-    if name in cls.refused:
-        return from_yaml(" ".join(words)) if words else True
-    annotation = hints(cls)[name]
-    members, _ = kinds(annotation)
-    if not words:
-        if bool in members:
-            return True
-        raise UserError(f"--{name} has no value; it must be {asked_for(annotation)}")
-    takes_list = any(member in members for member in (list[str], list[float]))
-    if len(words) > 1 and not takes_list:
-        raise UserError(f"--{name} {' '.join(words)}: one value is wanted, {asked_for(annotation)}; quote it if it is")
-    if len(words) == 1:
-        return parse(name, annotation, words[0])
-    return [item for word in words for item in parse(name, annotation, word)]
-
-
-def read_yaml(cls: type[Config], path: str) -> dict[str, Any]:
+def read_yaml(cls: type[LoopConfig], path: str) -> dict[str, Any]:
     """The fields of a flat YAML file; its `env` mapping goes into the environment."""
-    import yaml
-
-    try:
-        loaded = load_yaml(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}; write `field: value` lines") from error
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"--config {path} holds a {type(loaded).__name__}, not fields; write `field: value` lines")
-    _set_environment(path, loaded.get("env") or {})
-    values = {str(key).replace("-", "_"): value for key, value in loaded.items() if key != "env"}
-    for name, value in values.items():
-        if name not in specs(cls) and name not in cls.refused:
-            raise UserError(f"{unknown_name(cls, name, others=('env',))} (in {path})")
-        # "1e-5" in quotes, or None, means the same as on the command line.
-        if isinstance(value, str) and name in specs(cls):
-            values[name] = parse(name, hints(cls)[name], value)
-    return values
-
-
-def _set_environment(path: str, variables: Any) -> None:
-    if not isinstance(variables, Mapping):
-        raise UserError(
-            f"env: {variables!r} in {path} must be a mapping of variables to values; write env: {{NAME: 1}}"
-        )
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
-
-
-# --- help
+    return Words([cls]).read_yaml(path)
 
 
 def top_level_help() -> str:
     """The commands."""
-    lines = [f"  {command:6}{SUMMARIES[command]}" for command in COMMANDS]
+    lines = [f"  {name:8}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: python -m megalign COMMAND --config run.yaml --field value ...",
@@ -223,29 +182,7 @@ def top_level_help() -> str:
     )
 
 
-def command_help(command: str) -> str:
-    """One line a field: two spaces, --name, what it takes, its default and its doc; under its class's
-    heading."""
-    cls = COMMANDS[command]
-    known, texts, annotations = specs(cls), docs(cls), hints(cls)
-    lines = [
-        f"usage: megalign {command} [--config run.yaml] [--field value ...]",
-        "",
-        "--a_b is --a-b. Booleans may stand alone, lists take several words, mappings are JSON or YAML.",
-        "  --config FILE  YAML file of fields; the command line wins, and env: sets environment variables",
-    ]
-    # A field stands where it was declared last: learning_rate's default is the algorithm's.
-    owners = [owner for owner in cls.__mro__ if issubclass(owner, Config) and owner is not Config]
-    shown: set[str] = set()
-    for owner in owners:
-        lines += ["", inspect.getdoc(owner)]
-        names = [name for name in owner.__annotations__ if name in known and name not in shown]
-        shown.update(names)
-        lines += [_field_line(known[name], annotations[name], texts[name]) for name in names]
-    return "\n".join(lines)
-
-
-def _field_line(spec: Field, annotation: Any, text: str) -> str:
-    legal = ",".join(str(choice) for choice in spec.metadata["choices"]) if spec.metadata else ""
-    takes = "{" + legal + "}" if legal else asked_for(annotation)
-    return f"  --{spec.name} <{takes}> [{default_of(spec)!r}]  {text}"
+def command_help(name: str) -> str:
+    """How to call the command, and its fields."""
+    usage = f"usage: megalign {name} [--config run.yaml] [--field value ...]"
+    return "\n".join([usage, "", *SYNTAX, *field_lines([COMMANDS[name].config])])

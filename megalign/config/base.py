@@ -11,11 +11,11 @@ import functools
 import inspect
 import textwrap
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
-from megalign.config.refused import Refusal, is_inert
+from megalign.config.refused import RENAMED, Refusal, is_inert
 from megalign.config.values import check, check_range
 from megalign.errors import UserError
 
@@ -43,7 +43,7 @@ def config(cls: C) -> C:
 
 
 class Config:
-    """What LoopConfig, ParallelConfig and RolloutConfig share; holds no field of its own."""
+    """What all configs share; holds no field of its own."""
 
     refused: ClassVar[Mapping[str, Refusal]] = {}
 
@@ -56,6 +56,13 @@ class Config:
             known_values(type(self), {name: value})
             return
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """A refused field reads as the value that asks for nothing: TRL's scripts look at push_to_hub and its like."""
+        refusal = type(self).refused.get(name)
+        if refusal is None or not refusal.inert:
+            raise AttributeError(f"{type(self).__name__} has no field {name}")
+        return refusal.inert[0]
 
     def check_values(self) -> None:
         """Brings every field into its form and checks type, choices and range."""
@@ -80,30 +87,35 @@ def known_values(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]
         if name in known:
             continue
         if name not in cls.refused:
-            raise unknown_name(cls, name)
+            raise unknown_name([cls], name)
         refusal = cls.refused[name]
         if not is_inert(refusal, value):
             raise UserError(f"{name}={value!r} is refused: {refusal.reason}; nearest: {refusal.nearest}")
     return {name: value for name, value in values.items() if name in known}
 
 
-def unknown_name(cls: type[Config], name: str, others: Iterable[str] = ()) -> UserError:
-    """The error for a name that is neither a field nor a refused one, with the nearest right one."""
+def unknown_name(classes: Sequence[type], name: str, others: Iterable[str] = ()) -> UserError:
+    """The error for a name that is no field of any of the classes and not refused, with the nearest right one."""
+    known = [field_name for cls in classes for field_name in specs(cls)]
+    owners = " or ".join(cls.__name__ for cls in classes)
+    present = [word for word in RENAMED.get(name, ()) if word in known][:1]
+    if present:
+        return UserError(f"{name} is not a field of {owners}: its name is {present[0]}; write {present[0]}")
     # "batch_size" should find per_device_train_batch_size, which difflib's ratio alone ranks low.
-    near = difflib.get_close_matches(name, [*specs(cls), *others], n=1)
-    near = near or [field_name for field_name in specs(cls) if name in field_name][:1]
+    near = difflib.get_close_matches(name, [*known, *others], n=1)
+    near = near or [field_name for field_name in known if name in field_name][:1]
     meant = f"did you mean {near[0]}?" if near else "--help lists every field"
-    return UserError(f"{name} is not a field of {cls.__name__}; {meant}")
+    return UserError(f"{name} is not a field of {owners}; {meant}")
 
 
 @functools.cache
-def hints(cls: type[Config]) -> dict[str, Any]:
-    """Resolved annotations by field name."""
+def hints(cls: type) -> dict[str, Any]:
+    """Resolved annotations by field name, of a config or of a script's own dataclass."""
     return typing.get_type_hints(cls)
 
 
 @functools.cache
-def specs(cls: type[Config]) -> dict[str, Field]:
+def specs(cls: type) -> dict[str, Field]:
     """Dataclass fields by name."""
     return {spec.name: spec for spec in fields(cls)}
 

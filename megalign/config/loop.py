@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megalign.config.base import Config, config
+from megalign.config.refused import MODEL_INIT, is_inert
 from megalign.config.values import option
 from megalign.errors import UserError
 
@@ -29,12 +30,27 @@ class LoopConfig(Config):
 
     model_name_or_path: str | None = None
     """Hugging Face model directory (relative to the current directory) or hub name."""
-    dataset_name: str | None = None
-    """Rows to train on: a local .jsonl or .parquet file, a directory, or a hub name."""
+    model_init_kwargs: dict[str, Any] | None = None
+    """Arguments of from_pretrained, which TRL's scripts give: {"dtype": "bfloat16"} means bf16=True, float32
+    nothing (AdamW's master weights always are); others pass where they ask for nothing."""
+    disable_dropout: bool = option(
+        True,
+        choices=(True,),
+        why="dropout would make logprobs of the same tokens differ by noise, so it is never applied",
+    )
+    """Models run without dropout. TRL's default is False for GRPO and RLOO."""
+    dataset_name: str | list[str] | None = None
+    """Rows to train on: a local .jsonl or .parquet file, a directory, or a hub name; several of them are one
+    after another, or mixed as dataset_weights says."""
+    dataset_weights: list[float] | None = option(None, above=0)
+    """Probability with which the next row comes from each of several datasets (they need not sum to 1), until
+    each has been read whole; one that ends sooner starts again."""
     dataset_config: str | None = None
     """Configuration of a hub dataset."""
     dataset_train_split: str = "train"
     """Split of dataset_name that is trained on."""
+    streaming: bool = False
+    """Read no more rows than max_steps (which it needs) takes, instead of the whole dataset."""
     dataset_test_split: str = "test"
     """Split that is evaluated on, when eval_strategy or eval_on_start ask for it."""
     eval_dataset_name: str | None = None
@@ -136,10 +152,30 @@ class LoopConfig(Config):
         super().__post_init__()
 
     def check_values(self) -> None:
-        """Also fills eval_steps in, as transformers does."""
+        """Also fills eval_steps in, as transformers does, and reads model_init_kwargs."""
         super().check_values()
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = self.logging_steps
+        for name, value in (self.model_init_kwargs or {}).items():
+            if name in ("dtype", "torch_dtype"):
+                self.model_init_kwargs[name] = self._take_dtype(name, value)
+            elif name not in MODEL_INIT:
+                raise UserError(f"model_init_kwargs has {name!r}, which is not read here; only dtype is")
+            elif not is_inert(MODEL_INIT[name], value):
+                reason, nearest, _ = MODEL_INIT[name]
+                raise UserError(f"model_init_kwargs={{{name!r}: {value!r}}} is refused: {reason}; nearest: {nearest}")
+
+    def _take_dtype(self, name: str, value: Any) -> str | None:
+        """The dtype's name; bfloat16 is what bf16=True means."""
+        dtype = None if value is None else str(value).removeprefix("torch.")
+        if dtype == "bfloat16" and self.bf16 is None:
+            self.bf16 = True
+        if dtype not in (None, "float32", "bfloat16") or (dtype == "bfloat16" and not self.bf16):
+            raise UserError(
+                f"model_init_kwargs={{{name!r}: {dtype!r}}} with bf16={self.bf16}: models are in bfloat16 (bf16=True) "
+                "or float32; give one of them"
+            )
+        return dtype
 
     @property
     def params_dtype_name(self) -> str:
@@ -174,6 +210,7 @@ class LoopConfig(Config):
                 f"eval_dataset_name={self.eval_dataset_name!r} is given and nothing evaluates; set eval_strategy "
                 "(steps or epoch) or eval_on_start, or drop it"
             )
+        self._validate_datasets()
         if self.max_steps == 0:
             raise UserError("max_steps=0 leaves nothing to train; give a number above 0, or -1 for num_train_epochs")
         if self.recompute_granularity and not self.gradient_checkpointing:
@@ -185,3 +222,19 @@ class LoopConfig(Config):
             value = getattr(self, name)
             if value is not None and value > 1 and value != int(value):
                 raise UserError(f"{name}={value} must be a whole number, or below 1 for a fraction; give {int(value)}")
+
+    def _validate_datasets(self) -> None:
+        names = [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
+        if names == []:
+            raise UserError("dataset_name=[] names no dataset; give one or more")
+        weights = self.dataset_weights
+        if weights is not None and len(weights) != len(names or []):
+            raise UserError(
+                f"dataset_weights has {len(weights)} values for {len(names or [])} datasets in dataset_name; give one "
+                "for each"
+            )
+        if self.streaming and self.max_steps < 1:
+            raise UserError(
+                "streaming=True needs max_steps, since a stream does not say how many rows an epoch has; give "
+                "max_steps above 0"
+            )

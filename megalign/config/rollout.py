@@ -30,20 +30,6 @@ class RolloutConfig(Config):
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of the chat template, e.g. {"enable_thinking": false}."""
 
-    num_generations: int = option(8, minimum=2)
-    """Completions per prompt: the group that advantages are computed over."""
-    num_generations_eval: int | None = option(None, minimum=1)
-    """Completions per prompt in evaluation; num_generations when not given."""
-    generation_batch_size: int | None = option(None, minimum=1)
-    """Completions sampled at once, over the whole job; per_device_train_batch_size * data-parallel ranks *
-    steps_per_generation when not given. Give this or steps_per_generation."""
-    steps_per_generation: int | None = option(None, minimum=1)
-    """Microbatches that one round of sampling feeds; gradient_accumulation_steps (one optimizer step) when
-    not given. Must be a multiple of gradient_accumulation_steps."""
-    reward_timeout: float = option(600.0, above=0)
-    """Seconds that the reward functions may take for one round of sampling before the job stops with an
-    error."""
-
     use_vllm: bool = option(
         True, choices=(True,), why="completions are always sampled by vLLM, nearest is vllm_mode='colocate'"
     )
@@ -69,19 +55,9 @@ class RolloutConfig(Config):
     """vLLM's model code: its own, or transformers'."""
     vllm_cpu_kv_cache_gib: float = option(1.0, above=0)
     """On CPU: GiB of KV cache a rank (vllm_gpu_memory_utilization has no meaning there)."""
-    vllm_importance_sampling_correction: bool = True
-    """Weigh tokens by the trainer's probability over vLLM's, which differ a little in numerics."""
-    vllm_importance_sampling_mode: str = option(
-        "sequence_mask", choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    )
-    """Ratio per token or per sequence; truncate clips it into the range below, mask drops what is outside."""
-    vllm_importance_sampling_clip_max: float | None = option(3.0, above=0)
-    """Upper end of the ratio's range; None is open."""
-    vllm_importance_sampling_clip_min: float | None = option(None, minimum=0)
-    """Lower end of the ratio's range; None is open."""
 
     def validate(self, world_size: int) -> None:
-        """vLLM's replicas, lengths, and the importance ratio's range."""
+        """vLLM's replicas and lengths."""
         super().validate(world_size)
         if world_size % self.vllm_tensor_parallel_size:
             raise UserError(
@@ -94,9 +70,26 @@ class RolloutConfig(Config):
                 f"vllm_max_model_length {limit} must exceed max_completion_length {self.max_completion_length} to "
                 "leave room for the prompt; raise it or shorten the completions"
             )
-        self._validate_importance_range()
 
-    def _validate_importance_range(self) -> None:
+
+@config
+class CorrectionConfig(Config):
+    """Weighing tokens for the difference between vLLM's probabilities and the trainer's."""
+
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by the trainer's probability over vLLM's, which differ a little in numerics."""
+    vllm_importance_sampling_mode: str = option(
+        "sequence_mask", choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    )
+    """Ratio per token or per sequence; truncate clips it into the range below, mask drops what is outside."""
+    vllm_importance_sampling_clip_max: float | None = option(3.0, above=0)
+    """Upper end of the ratio's range; None is open."""
+    vllm_importance_sampling_clip_min: float | None = option(None, minimum=0)
+    """Lower end of the ratio's range; None is open."""
+
+    def validate(self, world_size: int) -> None:
+        """The importance ratio's range."""
+        super().validate(world_size)
         low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
         if low is not None and high is not None and low >= high:
             raise UserError(

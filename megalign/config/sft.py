@@ -6,29 +6,22 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from megalign.config.base import config
-from megalign.config.loop import LoopConfig
-from megalign.config.parallel import ParallelConfig
+from megalign.config.offline import OfflineConfig
 from megalign.config.refused import SFT, Refusal
 from megalign.config.values import option
 from megalign.errors import UserError
 
 
 @config
-class SFTConfig(LoopConfig, ParallelConfig):
+class SFTConfig(OfflineConfig):
     """Supervised fine-tuning on text, prompt-completion pairs, messages or tokenized rows."""
 
     refused: ClassVar[Mapping[str, Refusal]] = SFT
 
     learning_rate: float = option(2e-5, minimum=0)
     """AdamW's peak learning rate."""
-    chat_template_path: str | None = None
-    """A .jinja file, or a directory or hub name of a tokenizer, whose chat template replaces the model's."""
     dataset_text_field: str = "text"
     """Column of plain-text rows."""
-    dataset_num_proc: int | None = option(None, minimum=1)
-    """Processes that tokenize the rows."""
-    eos_token: str | None = None
-    """Token that ends a sequence, where it is not the tokenizer's own."""
     max_length: int | None = option(1024, minimum=2)
     """Longest sequence in tokens, and the size of a pack; longer rows are cut (None: never)."""
     truncation_mode: str = option("keep_start", choices=("keep_start", "keep_end"))
@@ -57,6 +50,11 @@ class SFTConfig(LoopConfig, ParallelConfig):
         """Packing needs a length to pack to, and keeps the start of what is longer."""
         super().validate(world_size)
         packs = self.packing or bool(self.eval_packing)
+        if self.packing and self.streaming:
+            raise UserError(
+                "streaming=True reads the rows that max_steps needs, and packing=True leaves open how many those are; "
+                "set one of them to False"
+            )
         if packs and self.max_length is None:
             raise UserError("packing=True needs max_length, the size of a pack, which is None; give e.g. 1024")
         if packs and self.truncation_mode == "keep_end":

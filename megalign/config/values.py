@@ -43,20 +43,40 @@ def kinds(annotation: Any) -> tuple[list[Any], bool]:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     members = list(typing.get_args(annotation)) if is_union else [annotation]
     optional = type(None) in members
-    plain = [dict if typing.get_origin(member) is dict else member for member in members]
-    return [member for member in plain if member is not type(None)], optional
+    plain = [kind for member in members if member is not type(None) for kind in _plain_kinds(member)]
+    return list(dict.fromkeys(plain)), optional
+
+
+def _plain_kinds(member: Any) -> list[Any]:
+    if typing.get_origin(member) is typing.Literal:
+        return [type(value) for value in typing.get_args(member)]
+    return [dict if typing.get_origin(member) is dict else member]
+
+
+def literals(annotation: Any) -> tuple[Any, ...]:
+    """The values that Literal members of the annotation name; a script's own dataclass may have them."""
+    is_literal = typing.get_origin(annotation) is typing.Literal
+    members = (annotation,) if is_literal else typing.get_args(annotation)
+    named = [member for member in members if typing.get_origin(member) is typing.Literal]
+    return tuple(value for member in named for value in typing.get_args(member))
+
+
+def _is_foreign(member: Any) -> bool:
+    """Whether it is a type of a script's own dataclass about which nothing is known here."""
+    return member not in _ASKED_FOR and typing.get_origin(member) is not list
 
 
 def asked_for(annotation: Any) -> str:
     """The annotation in a user's words: "a number or None"."""
     members, optional = kinds(annotation)
-    words = [
-        "a list of " + ("texts" if typing.get_args(member) == (str,) else "numbers")
-        if typing.get_origin(member) is list
-        else _ASKED_FOR[member]
-        for member in members
-    ]
-    return " or ".join(words + ["None"] * optional)
+    return " or ".join([_in_words(member) for member in members] + ["None"] * optional)
+
+
+def _in_words(member: Any) -> str:
+    if typing.get_origin(member) is list:
+        (item,) = typing.get_args(member)
+        return "a list of " + {str: "texts", int: "numbers", float: "numbers"}.get(item, "mappings")
+    return _ASKED_FOR[member] if member in _ASKED_FOR else str(member)
 
 
 def parse(name: str, annotation: Any, text: str) -> Any:
@@ -73,10 +93,12 @@ def parse(name: str, annotation: Any, text: str) -> Any:
                 return number(text)
             except ValueError:
                 continue
+    if any(_is_foreign(member) for member in members):
+        return from_yaml(text)
     lists = [member for member in members if typing.get_origin(member) is list]
     if lists and not text.startswith("["):
         (item,) = typing.get_args(lists[0])
-        return [parse(name, item, text)]
+        return text if str in members else [parse(name, item, text)]
     if lists or dict in members:
         loaded = from_yaml(text)
         if isinstance(loaded, list if lists else dict):
@@ -121,6 +143,8 @@ def check(name: str, annotation: Any, value: Any) -> Any:
     """`value` in the form that the field holds (a path as text, a whole number as float ...), or
     UserError."""
     members, optional = kinds(annotation)
+    if any(_is_foreign(member) for member in members):
+        return value
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, os.PathLike):
@@ -131,6 +155,9 @@ def check(name: str, annotation: Any, value: Any) -> Any:
     if checked is None:
         rule = f"must be {asked_for(annotation)}"
         raise UserError(f"{name}={value!r} ({type(value).__name__}) {rule}; {_example(name, members)}")
+    named = literals(annotation)
+    if named and checked not in named:
+        raise UserError(f"{name}={checked!r} is unknown; legal: {', '.join(map(repr, named))}")
     return checked
 
 
@@ -154,14 +181,19 @@ def _matching(name: str, members: list[Any], value: Any) -> Any:
 
 
 def check_range(spec: Field, value: Any) -> None:
-    """Raises unless `value` is one of the field's choices and inside its range; None is always inside."""
-    if value is None or not spec.metadata:
-        return
+    """Raises unless `value` (each, of a list) is one of the field's choices and inside its range; None always is."""
     rules = spec.metadata
+    if value is None or "choices" not in rules:  # a field of a script's own dataclass has other metadata
+        return
+    for one in value if isinstance(value, list) else [value]:
+        _check_one(spec.name, rules, one)
+
+
+def _check_one(name: str, rules: Mapping[str, Any], value: Any) -> None:
     if rules["choices"] and value not in rules["choices"]:
         legal = ", ".join(repr(choice) for choice in rules["choices"])
         why = f" is refused: {rules['why']}" if rules["why"] else " is unknown"
-        raise UserError(f"{spec.name}={value!r}{why}; legal: {legal}")
+        raise UserError(f"{name}={value!r}{why}; legal: {legal}")
     broken = [
         f"{sign} {rules[bound]}"
         for bound, sign, holds in (
@@ -172,4 +204,4 @@ def check_range(spec: Field, value: Any) -> None:
         if rules[bound] is not None and not holds(rules[bound])
     ]
     if broken:
-        raise UserError(f"{spec.name}={value!r} must be {' and '.join(broken)}; give another {spec.name}")
+        raise UserError(f"{name}={value!r} must be {' and '.join(broken)}; give another {name}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from megalign.config import GRPOConfig, SFTConfig
+from megalign.config import DPOConfig, GRPOConfig, ORPOConfig, PPOConfig, RewardConfig, RLOOConfig, SFTConfig
 from megalign.errors import UserError
 
 
@@ -87,9 +87,9 @@ def test_a_wrong_value_is_named_with_its_field_and_a_way_out(values):
     [
         {"use_vllm": False},
         {"vllm_mode": "server"},
-        {"loss_type": "cispo"},
-        {"loss_type": "sapo"},
         {"loss_type": "gspo"},
+        {"top_entropy_quantile": 1.5},
+        {"multi_objective_aggregation": "sum"},
         {"num_generations": 1},
         {"temperature": 0.0},
         {"top_p": 1.1},
@@ -164,3 +164,74 @@ def test_dtype_is_fp32_on_a_cpu_and_what_bf16_says():
     import torch
 
     assert SFTConfig().params_dtype_name == ("bfloat16" if torch.cuda.is_available() else "float32")
+
+
+@pytest.mark.parametrize(
+    "call, values",
+    [
+        (DPOConfig, {"loss_type": "kto_pair"}),
+        (DPOConfig, {"loss_type": ["sigmoid", "kto_pair"]}),
+        (DPOConfig, {"beta": 0}),
+        (DPOConfig, {"ld_alpha": 1.5}),
+        (DPOConfig, {"f_divergence_type": "kl"}),
+        (DPOConfig, {"dataset_weights": [0.5, 0.0]}),
+        (DPOConfig, {"dataset_name": {"path": "a"}}),
+        (RewardConfig, {"center_rewards_coefficient": -1}),
+        (ORPOConfig, {"max_completion_length": 0}),
+        (RLOOConfig, {"num_generations": 1}),
+        (RLOOConfig, {"reward_clip_range": "wide"}),
+        (PPOConfig, {"kl_estimator": "k2"}),
+        (PPOConfig, {"missing_eos_penalty": 0}),
+        (PPOConfig, {"lam": 1.1}),
+        (PPOConfig, {"stop_token": "</s>"}),
+        (PPOConfig, {"generation_batch_size": 8}),
+        (PPOConfig, {"dynamic_sampling": True}),
+        (RLOOConfig, {"vllm_importance_sampling_correction": True}),
+    ],
+)
+def test_other_configs_refuse_by_name(call, values):
+    ((name, _),) = values.items()
+    assert error(call, **values).startswith(name)
+
+
+def test_one_of_several_losses_is_named_in_its_error():
+    message = error(DPOConfig, loss_type=["sigmoid", "kto_pair"])
+    assert message.startswith("loss_type='kto_pair' is unknown; legal: 'sigmoid', 'hinge'")
+
+
+def test_one_loss_and_several_are_a_list():
+    assert DPOConfig(loss_type="ipo").loss_type == ["ipo"]
+    assert DPOConfig(loss_type=["sigmoid", "sft"], loss_weights=[1, 0.1]).loss_weights == [1.0, 0.1]
+    assert DPOConfig().loss_type == ["sigmoid"] and DPOConfig().loss_type is not DPOConfig().loss_type
+
+
+def test_a_dataset_is_a_name_or_a_list_of_names():
+    assert SFTConfig(dataset_name=Path("rows.jsonl")).dataset_name == "rows.jsonl"
+    assert SFTConfig(dataset_name=("a.jsonl", "b.jsonl")).dataset_name == ["a.jsonl", "b.jsonl"]
+
+
+def test_model_init_kwargs_say_the_dtype_and_nothing_else():
+    import torch
+
+    # What TRL's scripts put there when nothing is asked for.
+    asks_nothing = {"revision": "main", "trust_remote_code": False, "attn_implementation": None, "dtype": "float32"}
+    args = SFTConfig()
+    args.model_init_kwargs = asks_nothing
+    args.validate(1)
+    assert args.bf16 is None
+    assert SFTConfig(model_init_kwargs={"dtype": torch.bfloat16}).params_dtype_name == "bfloat16"
+    assert SFTConfig(model_init_kwargs={"torch_dtype": "bfloat16"}).bf16 is True
+    assert SFTConfig(model_init_kwargs={"dtype": torch.float32}, bf16=True).params_dtype_name == "bfloat16"
+    pickle.dumps(SFTConfig(model_init_kwargs={"dtype": torch.bfloat16}))
+    assert "bf16=False" in error(SFTConfig, model_init_kwargs={"dtype": "bfloat16"}, bf16=False)
+    assert "'float16'" in error(SFTConfig, model_init_kwargs={"dtype": torch.float16})
+    assert "'attn_implementation': 'eager'" in error(SFTConfig, model_init_kwargs={"attn_implementation": "eager"})
+    assert "'gguf_file'" in error(SFTConfig, model_init_kwargs={"gguf_file": "x"})
+
+
+def test_the_given_model_init_kwargs_are_left_as_they_are():
+    import torch
+
+    given = {"dtype": torch.bfloat16}
+    SFTConfig(model_init_kwargs=given)
+    assert given == {"dtype": torch.bfloat16}
