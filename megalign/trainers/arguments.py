@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
 from transformers import TrainerCallback
 
+from megalign.data.reading import as_table, take_rows
 from megalign.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -27,10 +28,25 @@ COMMON_REFUSED = {
 }
 
 
+# Spellings of earlier TRL versions, with the present word.
+RENAMED = {
+    "config": "args",
+    "tokenizer": "processing_class",
+    "max_seq_length": "args=SFTConfig(max_length=...)",
+    "dataset_text_field": "args=SFTConfig(dataset_text_field=...)",
+    "packing": "args=SFTConfig(packing=...)",
+    "beta": "args=DPOConfig(beta=...)",
+    "reward_model": "reward_funcs",
+    "ppo_config": "args",
+}
+
+
 def refuse_arguments(trainer: type, refused: Mapping[str, str], given: Mapping[str, Any]) -> None:
     """Names each constructor argument that is not there, unless it asks for nothing."""
     known = COMMON_REFUSED | dict(refused)
     for name, value in given.items():
+        if name not in known and name in RENAMED:
+            raise UserError(f"{trainer.__name__} has no argument {name}: it is now {RENAMED[name]}")
         if name not in known:
             names = ["train_dataset", "eval_dataset", "processing_class", "callbacks", *known]
             near = difflib.get_close_matches(name, names, n=1)
@@ -71,16 +87,26 @@ def has_tokenizer(model_path: str) -> bool:
     return any((Path(model_path) / file).exists() for file in _TOKENIZER_FILES)
 
 
-def as_dataset(dataset: Any, name: str) -> Dataset:
-    """A datasets.Dataset as it is, or a list of rows as one."""
+def as_dataset(dataset: Any, name: str, *, count: int | None = None, shuffle: bool = False, seed: int = 0) -> Dataset:
+    """A datasets.Dataset as it is, a list of rows as one, or the first `count` rows of a stream.
+
+    `count` is what max_steps will take: max_steps times the rows of a step; an evaluation stream is read whole.
+    """
     if isinstance(dataset, IterableDataset):
-        raise UserError(f"{name} is an IterableDataset, which is not built yet; give a Dataset or a list")
-    if isinstance(dataset, DatasetDict):
-        raise UserError(f"{name} is a DatasetDict of {', '.join(map(str, dataset))}; give one of its splits")
+        if count is None and name == "train_dataset":
+            raise UserError(
+                "train_dataset is an IterableDataset and max_steps, which says how many of its rows are read, is not "
+                "set (or packing=True leaves it open); set max_steps, or give a Dataset or a list"
+            )
+        return take_rows(dataset, count, shuffle=shuffle, seed=seed)
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
+        raise UserError(
+            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one of its splits"
+        )
     if isinstance(dataset, Dataset):
         return dataset
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
-        return Dataset.from_list([dict(row) for row in dataset])
+        return as_table(dataset)
     raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of dicts")
 
 

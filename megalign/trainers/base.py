@@ -26,11 +26,12 @@ from megalign.data.datasets import once_per_job
 from megalign.errors import UserError
 from megalign.model.architecture import check_layout
 from megalign.parallel.control import barrier
-from megalign.parallel.groups import initialize
+from megalign.parallel.groups import end_distributed, initialize
+from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments, checkpointing
 from megalign.trainers.reporting import MetricsWindow
-from megalign.trainers.run import Run
+from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
 # A resumed run must share these fields' values, and the world size.
@@ -53,11 +54,12 @@ PREPARED = ".tokenized"  # once_per_job's directory in output_dir
 
 
 class Trainer:
-    """What SFTTrainer and GRPOTrainer share; not used by itself."""
+    """What all trainers share; not used by itself."""
 
     config_class: ClassVar[type]
     refused_arguments: ClassVar[Mapping[str, str]] = {}  # of TRL's constructor, with the reason
     data_fields: ClassVar[tuple[str, ...]] = DATA_FIELDS
+    named_counts: ClassVar[Mapping[str, CountFn]] = {}  # global counts that the loss divides by, beside the usual
 
     def __init__(
         self,
@@ -75,12 +77,17 @@ class Trainer:
         self.model_path = arguments.model_directory(model, args)
         if args is None:
             args = self.config_class(output_dir=f"{Path(self.model_path).name}-{type(self).__name__}")
+        if not isinstance(args, self.config_class):
+            raise UserError(
+                f"{type(self).__name__}(args=...) is a {type(args).__name__}; give a {self.config_class.__name__}"
+            )
         self.args = args
         self.groups = initialize(args, timeout_s=args.ddp_timeout)
         args.validate(self.groups.world.size)
         arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
-        check_layout(architecture_of(read_config(self.model_path)), self.groups)
+        self.architecture = architecture_of(read_config(self.model_path))
+        check_layout(self.architecture, self.groups)
         self._given_processing_class = processing_class
         self.processing_class = self.load_tokenizer() if processing_class is None else processing_class
         self.check()
@@ -88,13 +95,18 @@ class Trainer:
         set_seed(args.seed)
         self.train_rows = self._prepare(train_dataset, "train_dataset")
         self.eval_rows = self._prepare(eval_dataset, "eval_dataset")
-        self.policy = TrainEngine(self.model_path, args, self.groups)
+        self.policy = self.make_policy()
         self.run = Run(args, self.groups, callbacks, model=self.policy, processing_class=self.processing_class)
 
     @property
     def state(self) -> TrainerState:
         """transformers' TrainerState, with the log_history."""
         return self.run.state
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """For scripts that print, wait or ask for their rank through it."""
+        return Accelerator(self.groups.world)
 
     # ---- what a leaf says
 
@@ -106,11 +118,27 @@ class Trainer:
         """Whether `processing_class` is not what the model directory's files say."""
         return self._given_processing_class is not None
 
+    def make_policy(self) -> TrainEngine:
+        """The model that is trained."""
+        return TrainEngine(self.model_path, self.args, self.groups)
+
+    def engines(self) -> dict[str, TrainEngine]:
+        """What a checkpoint keeps whole: every engine whose weights change, by the name of its directory."""
+        return {"engine": self.policy}
+
     def check(self) -> None:
         """Raises what is known to be wrong before rows are prepared and weights are read."""
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """The rows that the trainer works on; called once in the job."""
+        raise NotImplementedError
+
+    def max_steps(self) -> int:
+        """Optimizer steps of the run; 0 or less leaves it to num_train_epochs."""
+        return self.args.max_steps
+
+    def rows_needed(self) -> int | None:
+        """Rows that max_steps will take, where it is set: how much of a stream is read."""
         raise NotImplementedError
 
     def micro_steps_per_epoch(self) -> int:
@@ -136,6 +164,9 @@ class Trainer:
     def restore_loop_state(self, state: dict[str, Any]) -> None:
         """Takes `loop_state` back."""
 
+    def after_step(self) -> None:
+        """Called on every rank after each optimizer step, before the callbacks hear of it."""
+
     def after_log(self) -> None:
         """Called on every rank after a training line is logged."""
 
@@ -145,7 +176,7 @@ class Trainer:
         """Trains to max_steps or num_train_epochs; the model is left in Hugging Face form in output_dir."""
         if self.train_rows is None or len(self.train_rows) == 0:
             raise UserError("train_dataset has no rows to train on; pass train_dataset with at least one")
-        self.plan = plan_steps(self.args, self.micro_steps_per_epoch())
+        self.plan = plan_steps(self.args, self.micro_steps_per_epoch(), self.max_steps())
         self.learning_rate = LearningRate(self.args, self.plan.max_steps)
         self.run.begin(self.plan)
         if resume_from_checkpoint is None:
@@ -184,10 +215,22 @@ class Trainer:
         """Writes the model as a Hugging Face directory; called on every rank."""
         path = output_dir or self.args.output_dir
         self.policy.wake()
-        self.policy.export(path)
+        self.policy.export(path, pad_token_id=self.pad_token_id)
         # The engine copies the model directory's own tokenizer files as they are.
         if self.changes_tokenizer() and self.state.is_world_process_zero:
             self.processing_class.save_pretrained(path)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's pad, or its end token: what a classifier's config.json tells those who pad."""
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            return None
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def end(self) -> None:
+        """Leaves the job, as the last call of a script."""
+        end_distributed()
 
     def add_callback(self, callback: TrainerCallback | type[TrainerCallback]) -> None:
         """One more callback, as transformers' Trainer.add_callback."""
@@ -200,12 +243,17 @@ class Trainer:
         # Megatron's step is one with its backward pass, so this event comes before both.
         self.run.event("on_pre_optimizer_step")
         rate = self.learning_rate(self.state.global_step)
+        counts = counts or self.counts(batches)
         result = self.policy.train_step(batches, self.loss, learning_rate=rate, counts=counts)
         self.run.event("on_optimizer_step")
         self.run.window.add({"loss": result.loss, **result.metrics})
         self.run.window.set(grad_norm=result.grad_norm, learning_rate=rate)
         self.run.loss_total += result.loss
         return result
+
+    def counts(self, batches: list[Batch]) -> Counts:
+        """The global counts of a step; `batches` are this rank's."""
+        return reduce_counts(batches, self.groups, self.named_counts)
 
     # ---- between two steps
 
@@ -218,6 +266,7 @@ class Trainer:
             next(updates)
             self.run.window.add({"step_time": time.perf_counter() - started})
             self.run.count_step(self.plan)
+            self.after_step()
             self.run.event("on_step_end")
             self._act()
             if self.run.control.should_epoch_stop or self.run.control.should_training_stop:
@@ -226,7 +275,9 @@ class Trainer:
         self._end_epoch()
 
     def _end_epoch(self) -> None:
-        self.run.count_epoch()
+        # An epoch that max_steps or a callback cuts short is not over: a longer run goes on in the middle of it.
+        if self.run.update >= self.plan.updates_per_epoch or self.run.control.should_epoch_stop:
+            self.run.count_epoch()
         self.run.event("on_epoch_end")
         self._act()
 
@@ -275,9 +326,15 @@ class Trainer:
         if name == "eval_dataset" and isinstance(dataset, Mapping):
             return {part: self._prepare(rows, name) for part, rows in dataset.items()}
         return once_per_job(
-            lambda: self.tokenized(arguments.as_dataset(dataset, name), for_evaluation=name == "eval_dataset"),
+            lambda: self.tokenized(self._as_dataset(dataset, name), for_evaluation=name == "eval_dataset"),
             self.args.output_dir,
         )
+
+    def _as_dataset(self, dataset: Any, name: str) -> Dataset:
+        if name == "eval_dataset":
+            return arguments.as_dataset(dataset, name)
+        order = {"shuffle": self.args.shuffle_dataset, "seed": self.args.data_order_seed}
+        return arguments.as_dataset(dataset, name, count=self.rows_needed(), **order)
 
     def _remove_prepared_files(self) -> None:
         """The trained model's directory is left without the files through which rank 0 handed out its rows."""
@@ -302,8 +359,7 @@ class Trainer:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         loop = {"position": self.run.position(), "leaf": self.loop_state()}
         world = self.groups.world
-        self.policy.wake()
-        checkpointing.save_checkpoint(path, self.policy, self.state, loop, self._settings(), world)
+        checkpointing.save_checkpoint(path, self.engines(), self.state, loop, self._settings(), world)
         checkpointing.rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, path, world)
 
     def _resume(self, resume: str | bool | None) -> None:
@@ -314,8 +370,7 @@ class Trainer:
             self.run.file.start_afresh()
             return
         checkpointing.check_checkpoint(path, self._settings())
-        self.policy.wake()
-        state, loop = checkpointing.load_checkpoint(path, self.policy, self.groups.world)
+        state, loop = checkpointing.load_checkpoint(path, self.engines(), self.groups.world)
         self.run.resume(state, loop["position"], self.plan)
         self.restore_loop_state(loop["leaf"])
         self.run.say(f"resumed from {path}")

@@ -1,4 +1,4 @@
-"""checkpoint-{step}/: the engine's training checkpoint and what the loop needs to go on bitwise.
+"""checkpoint-{step}/: the engines' training checkpoints and what the loop needs to go on bitwise.
 
 `manifest.json` is written last: a directory without one is not whole and is never resumed from.
 """
@@ -9,6 +9,7 @@ import json
 import random
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ LATEST = "latest"
 
 def save_checkpoint(
     path: Path,
-    engine: TrainEngine,
+    engines: Mapping[str, TrainEngine],
     state: TrainerState,
     loop: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -42,23 +43,29 @@ def save_checkpoint(
         shutil.rmtree(path)
     barrier(world)
     (path / "loop").mkdir(parents=True, exist_ok=True)
-    engine.save(str(path / "engine"))
+    for name, engine in engines.items():
+        with engine.kept_as_it_was():
+            engine.save(str(path / name))
     torch.save({"rng": rng_state(), **loop}, _loop_file(path, world.rank))
     if world.rank == 0:
         state.save_to_json(str(path / STATE))
     barrier(world)
     if world.rank == 0:
         files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-        manifest = {"step": state.global_step, "settings": dict(settings), "files": files}
+        manifest = {"step": state.global_step, "written": time.time(), "settings": dict(settings), "files": files}
         unfinished = path / f"{MANIFEST}.tmp"
         unfinished.write_text(json.dumps(manifest, indent=1))
         unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
     barrier(world)
 
 
-def load_checkpoint(path: Path, engine: TrainEngine, world: Axis) -> tuple[TrainerState, dict[str, Any]]:
-    """Puts the engine and this rank's random generators where the checkpoint left them."""
-    engine.load(str(path / "engine"))
+def load_checkpoint(
+    path: Path, engines: Mapping[str, TrainEngine], world: Axis
+) -> tuple[TrainerState, dict[str, Any]]:
+    """Puts the engines and this rank's random generators where the checkpoint left them."""
+    for name, engine in engines.items():
+        with engine.kept_as_it_was():
+            engine.load(str(path / name))
     loop = torch.load(_loop_file(path, world.rank), map_location="cpu", weights_only=True)
     set_rng_state(loop.pop("rng"))
     return TrainerState.load_from_json(str(path / STATE)), loop
@@ -112,13 +119,24 @@ def rotate_checkpoints(output_dir: str, limit: int | None, newest: Path, world: 
 
 
 def checkpoints(output_dir: str) -> list[Path]:
-    """All checkpoint-N directories, by step."""
+    """All checkpoint-N directories in the order in which they were written; those that are not whole come first.
+
+    Not by step: an earlier, longer run in the same directory would be taken for the newest, and this run's own
+    checkpoints be rotated away.
+    """
     found = [
-        (int(match[1]), path)
+        (_written(path), int(match[1]), path)
         for path in Path(output_dir).glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
     ]
-    return [path for _, path in sorted(found)]
+    return [path for *_, path in sorted(found)]
+
+
+def _written(path: Path) -> float:
+    try:
+        return float(json.loads((path / MANIFEST).read_text())["written"])
+    except FileNotFoundError:
+        return 0.0
 
 
 def rng_state() -> dict[str, Any]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from megalign.algos.policy import rollout_importance_weights, sampling_metrics
+from megalign.algos.importance import rollout_importance_weights, sampling_metrics
 from megalign.batch import Batch, Completion, Counts
 from megalign.data.collate import completion_batch, completion_sequence
 from megalign.data.sampler import shard
 from megalign.parallel.groups import ParallelGroups
-from megalign.parallel.reduce import reduce_metrics
+from megalign.parallel.reduce import gather_rows, reduce_metrics
 from megalign.rollout.engine import awake
 from megalign.train_engine import TrainEngine
+from megalign.trainers.reference import Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +28,39 @@ class Minibatch:
 
     batches: list[Batch]
     counts: Counts
+    metrics: dict[str, float] = field(default_factory=dict)  # to be logged with the step, known before it
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for a checkpoint in the middle of a generation batch."""
-        return {"batches": [vars(batch) for batch in self.batches], "counts": vars(self.counts)}
+        batches = [vars(batch) for batch in self.batches]
+        return {"batches": batches, "counts": vars(self.counts), "metrics": self.metrics}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Minibatch:
         """The minibatch of which `state` was taken."""
-        return cls(batches=[Batch(**batch) for batch in state["batches"]], counts=Counts(**state["counts"]))
+        batches = [Batch(**batch) for batch in state["batches"]]
+        return cls(batches=batches, counts=Counts(**state["counts"]), metrics=state["metrics"])
+
+    def map(self, change: Callable[[Batch], Batch]) -> Minibatch:
+        """The minibatch with every batch changed."""
+        return replace(self, batches=[change(batch) for batch in self.batches])
 
 
-def completion_seeds(seed: int, stream: str, step: int, count: int) -> list[int]:
-    """A seed for each completion, from its place in the run alone: neither layout nor a resume changes it."""
-    entropy = (seed, {"train": 0, "eval": 1}[stream], step)
+@dataclass(frozen=True, kw_only=True)
+class Credited:
+    """A round whose sequences or tokens know what they were worth."""
+
+    minibatches: list[Minibatch]
+    advantages: Tensor  # [N] of each completion, for the table of completions
+    metrics: dict[str, float]
+
+
+def completion_seeds(seed: int, stream: str, step: int, part: int = 0, *, count: int) -> list[int]:
+    """A seed for each completion, from its place in the run alone: neither layout nor a resume changes it.
+
+    `part` is above 0 for what a round samples again (dynamic sampling).
+    """
+    entropy = (seed, {"train": 0, "eval": 1}[stream], step, *([part] if part else []))
     return [int(word) for word in np.random.SeedSequence(entropy).generate_state(count)]
 
 
@@ -73,24 +94,22 @@ class ExperienceMaker:
         args: Any,
         groups: ParallelGroups,
         policy: TrainEngine,
-        reference: TrainEngine | None,
+        reference: Reference | None,
         *,
         needs_old_logprobs: bool,
+        corrects_sampler: bool,
     ) -> None:
         self.args, self.groups = args, groups
         self.policy, self.reference = policy, reference
-        self.needs_old_logprobs = needs_old_logprobs
+        self.needs_old_logprobs, self.corrects_sampler = needs_old_logprobs, corrects_sampler
 
-    def batches(
-        self, completions: Sequence[Completion], advantages: Tensor, rows: Sequence[int], micro_batch: int
-    ) -> list[Batch]:
-        """This rank's packed microbatches of the completions at `rows`, with advantages and temperature."""
+    def batches(self, completions: Sequence[Completion], rows: Sequence[int], micro_batch: int) -> list[Batch]:
+        """This rank's packed microbatches of the completions at `rows`, with index and temperature."""
         dp = self.groups.dp
         return [
             completion_batch(
                 [completions[row] for row in part],
                 mask_truncated_completions=self.args.mask_truncated_completions,
-                advantages=advantages[part].tolist(),
                 temperature=self.args.temperature,
                 multiple=self.groups.token_multiple,
             )
@@ -103,15 +122,13 @@ class ExperienceMaker:
         sequences = (completion_sequence(completion, mask_truncated_completions=cut) for completion in completions)
         return [sum(sequence["loss_mask"][1:]) for sequence in sequences]
 
-    def minibatches(
-        self, completions: Sequence[Completion], advantages: Tensor, *, step: int, num_updates: int
-    ) -> list[Minibatch]:
+    def minibatches(self, completions: Sequence[Completion], *, step: int, num_updates: int) -> list[Minibatch]:
         """The completions of a round as its optimizer steps."""
         micro_batch = self.args.per_device_train_batch_size
         loss_tokens = self.loss_tokens(completions)
         return [
             Minibatch(
-                batches=self.batches(completions, advantages, rows, micro_batch),
+                batches=self.batches(completions, rows, micro_batch),
                 counts=step_counts(loss_tokens, rows, num_updates=num_updates),
             )
             for rows in split_completions(len(completions), num_updates, seed=self.args.seed, step=step)
@@ -120,27 +137,41 @@ class ExperienceMaker:
     def add_columns(self, minibatches: list[Minibatch]) -> tuple[list[Minibatch], dict[str, float]]:
         """Reference and old logprobs and importance weights where needed, and TRL's sampling/* metrics."""
         started = time.perf_counter()
-        minibatches = self.with_reference(minibatches)
         metrics: dict[str, float] = {}
+        if self.reference is not None:
+            minibatches = self.with_token_column(minibatches, "ref_logprobs", self.reference.engine, "logprobs")
         if self.needs_old_logprobs:
-            minibatches = self._logprobs(self.policy, minibatches, "old_logprobs")
-        if self.args.vllm_importance_sampling_correction:
+            minibatches = self.with_token_column(minibatches, "old_logprobs", self.policy, "logprobs")
+        if self.corrects_sampler:
             metrics = self._sampling_metrics(minibatches)
-            minibatches = _map(minibatches, self._with_importance_weights)
+            minibatches = [minibatch.map(self._with_importance_weights) for minibatch in minibatches]
         return minibatches, {**metrics, "perf/logprob_s": time.perf_counter() - started}
 
-    def with_reference(self, minibatches: list[Minibatch]) -> list[Minibatch]:
-        """ref_logprobs, if there is a reference."""
-        if self.reference is None:
-            return minibatches
-        return self._logprobs(self.reference, minibatches, "ref_logprobs")
-
-    def _logprobs(self, engine: TrainEngine, minibatches: list[Minibatch], name: str) -> list[Minibatch]:
+    def with_token_column(
+        self, minibatches: list[Minibatch], name: str, engine: TrainEngine, output: str
+    ) -> list[Minibatch]:
+        """A column that an engine knows, from one pass without gradient over all of them."""
         with awake(engine):
-            outputs = engine.forward([batch for minibatch in minibatches for batch in minibatch.batches])
+            outputs = engine.forward([batch for minibatch in minibatches for batch in minibatch.batches], (output,))
         # Batches wait on the CPU until their step; the engine takes them to its device.
-        columns = iter([{name: output["logprobs"].cpu()} for output in outputs])
-        return _map(minibatches, lambda batch: batch.with_token_columns(**next(columns)))
+        return with_token_columns(minibatches, [{name: found[output].cpu()} for found in outputs])
+
+    def with_sequence_column(self, minibatches: list[Minibatch], name: str, values: Tensor) -> list[Minibatch]:
+        """[N] values of all completions of the job -> each sequence's own."""
+
+        def change(batch: Batch) -> Batch:
+            if not batch.num_sequences:  # Batch.dummy
+                return batch
+            return batch.with_sequence_columns(**{name: values[batch["index"].long()]})
+
+        return [minibatch.map(change) for minibatch in minibatches]
+
+    def per_completion(self, minibatches: list[Minibatch], measure: Callable[[Batch], Tensor]) -> Tensor:
+        """[N]: what `measure` [S] says of each completion of the job, on every rank."""
+        mine: dict[int, float] = {}
+        for batch in (batch for minibatch in minibatches for batch in minibatch.batches if batch.num_sequences):
+            mine.update(zip(batch["index"].int().tolist(), measure(batch).tolist(), strict=True))
+        return torch.tensor(gather_rows(mine, self.groups.dp))
 
     def _importance_settings(self) -> dict[str, Any]:
         return {
@@ -154,10 +185,7 @@ class ExperienceMaker:
         return batch.with_token_columns(importance_weights=weights)
 
     def _sampling_metrics(self, minibatches: list[Minibatch]) -> dict[str, float]:
-        counts = Counts(
-            tokens=sum(minibatch.counts.tokens for minibatch in minibatches),
-            sequences=sum(minibatch.counts.sequences for minibatch in minibatches),
-        )
+        counts = total_counts(minibatches)
         shares = [
             sampling_metrics(batch, counts, **self._importance_settings())
             for minibatch in minibatches
@@ -166,11 +194,18 @@ class ExperienceMaker:
         return reduce_metrics(shares, self.groups)
 
 
-def _map(minibatches: list[Minibatch], change: Callable[[Batch], Batch]) -> list[Minibatch]:
-    return [
-        Minibatch(batches=[change(batch) for batch in minibatch.batches], counts=minibatch.counts)
-        for minibatch in minibatches
-    ]
+def total_counts(minibatches: Sequence[Minibatch]) -> Counts:
+    """The global counts of a whole round."""
+    return Counts(
+        tokens=sum(minibatch.counts.tokens for minibatch in minibatches),
+        sequences=sum(minibatch.counts.sequences for minibatch in minibatches),
+    )
+
+
+def with_token_columns(minibatches: list[Minibatch], columns: Sequence[Mapping[str, Tensor]]) -> list[Minibatch]:
+    """The minibatches with the columns of their batches, in order."""
+    following = iter(columns)
+    return [minibatch.map(lambda batch: batch.with_token_columns(**next(following))) for minibatch in minibatches]
 
 
 def completion_metrics(completions: Sequence[Completion]) -> dict[str, float]:

@@ -1,43 +1,121 @@
-"""GRPOTrainer: group relative advantages (arXiv 2402.03300) and the clipped policy loss."""
+"""GRPOTrainer: group relative advantages (arXiv 2402.03300) and the losses of its relatives."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megalign.algos.advantages import group_advantages, reward_metrics
+from megalign.algos.controllers import AdaptiveEntropyController
+from megalign.algos.entropy import ENTROPY_COUNTS, entropy_threshold, high_entropy_mask
 from megalign.algos.policy import grpo_loss
 from megalign.config import GRPOConfig
-from megalign.trainers.online import OnlineTrainer
+from megalign.parallel.reduce import gather_over, reduce_counts
+from megalign.train_engine import StepResult
+from megalign.trainers.experience import Credited, Minibatch, with_token_columns
+from megalign.trainers.group import GroupTrainer
+
+# Fields that the loss takes by the same name.
+_LOSS_FIELDS = (
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "loss_type",
+    "importance_sampling_level",
+    "max_completion_length",
+    "use_bias_correction_kl",
+    "delta",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+)
 
 
-class GRPOTrainer(OnlineTrainer):
+class GRPOTrainer(GroupTrainer):
     """TRL's GRPOTrainer: model, reward_funcs, args, the datasets, processing_class, callbacks."""
 
     config_class = GRPOConfig
-    refused_arguments = {
-        "reward_processing_classes": "reward models are not built yet; give a function",
-        "tools": "tool calls are not built yet; completions are one turn",
-        "rollout_func": "completions are sampled by vLLM in the ranks",
-        "environment_factory": "environments are not built yet; score completions with reward_funcs",
-    }
 
-    def advantages(self, rewards: Tensor, num_generations: int) -> tuple[Tensor, dict[str, float]]:
+    @property
+    def corrects_sampler(self) -> bool:
+        """As the config says."""
+        return self.args.vllm_importance_sampling_correction
+
+    def check(self) -> None:
+        """Also makes the controller of the entropy bonus."""
+        super().check()
+        args = self.args
+        limits = {"minimum": args.entropy_coef_min, "maximum": args.entropy_coef_max}
+        self.entropy = AdaptiveEntropyController(
+            args.entropy_coef, **limits, delta=args.entropy_coef_delta, target=args.entropy_target
+        )
+
+    def with_advantages(self, minibatches: list[Minibatch], rewards: Tensor, num_generations: int) -> Credited:
         """Each reward against its group's mean, scaled as scale_rewards says."""
-        how = {"num_generations": num_generations, "scale_rewards": self.args.scale_rewards}
+        how = {
+            "num_generations": num_generations,
+            "scale_rewards": self.args.scale_rewards,
+            "multi_objective_aggregation": self.args.multi_objective_aggregation,
+        }
         advantages = group_advantages(rewards, self.reward_weights, **how)
-        return advantages, reward_metrics(rewards, self.reward_weights, self.rewards.names, **how)
+        return Credited(
+            minibatches=self.experience.with_sequence_column(minibatches, "advantages", advantages),
+            advantages=advantages,
+            metrics=reward_metrics(rewards, self.reward_weights, self.rewards.names, **how),
+        )
+
+    def with_step_columns(self, minibatch: Minibatch) -> Minibatch:
+        """Which tokens are among the most uncertain of the step, as the present policy sees them."""
+        if self.args.top_entropy_quantile >= 1.0:
+            return minibatch
+        outputs = self.policy.forward(minibatch.batches, ("entropy",))
+        entropies = [output["entropy"].cpu() for output in outputs]
+        masks = [batch["loss_mask"] for batch in minibatch.batches]
+        mine = torch.cat([entropy[mask] for entropy, mask in zip(entropies, masks, strict=True)])
+        everyone, _ = gather_over(mine, self.groups.dp)
+        threshold = entropy_threshold(everyone, self.args.top_entropy_quantile)
+        columns = [
+            {"entropy_mask": high_entropy_mask(entropy, mask, threshold)}
+            for entropy, mask in zip(entropies, masks, strict=True)
+        ]
+        (chosen,) = with_token_columns([minibatch], columns)
+        named = reduce_counts(chosen.batches, self.groups, ENTROPY_COUNTS).named
+        return replace(chosen, counts=replace(chosen.counts, named=named))
+
+    def take_step(self, minibatch: Minibatch) -> StepResult:
+        """One optimizer step, after which an adaptive entropy coefficient moves."""
+        result = super().take_step(minibatch)
+        if self.args.use_adaptive_entropy:
+            self.entropy.update(result.metrics["bonus_entropy"])
+        if self._entropy_coef is not None:
+            self.run.window.add({"entropy_coef": self.entropy.coefficient})
+        return result
 
     def loss(self, *inputs: Any) -> Any:
         """The LossFn of a step."""
-        return grpo_loss(
-            *inputs,
-            beta=self.args.beta,
-            epsilon=self.args.epsilon,
-            epsilon_high=self.args.epsilon_high,
-            loss_type=self.args.loss_type,
-            importance_sampling_level=self.args.importance_sampling_level,
-            max_completion_length=self.args.max_completion_length,
-            use_bias_correction_kl=self.args.use_bias_correction_kl,
-        )
+        fields = {name: getattr(self.args, name) for name in _LOSS_FIELDS}
+        return grpo_loss(*inputs, **fields, entropy_coef=self._entropy_coef)
+
+    @property
+    def _entropy_coef(self) -> float | None:
+        """The present step's coefficient; None is no bonus at all."""
+        if self.args.use_adaptive_entropy:
+            return self.entropy.applied
+        return self.args.entropy_coef or None
+
+    def loop_state(self) -> dict[str, Any]:
+        """Also the entropy coefficient."""
+        return {**super().loop_state(), "entropy": self.entropy.state_dict()}
+
+    def restore_loop_state(self, state: dict[str, Any]) -> None:
+        """Also the entropy coefficient."""
+        super().restore_loop_state(state)
+        self.entropy.load_state_dict(state["entropy"])

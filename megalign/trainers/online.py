@@ -13,61 +13,84 @@ from datasets import Dataset
 from torch import Tensor
 
 from megalign.batch import Completion
-from megalign.conversion.hf_files import read_config
 from megalign.data.datasets import prepare_prompts
 from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
 from megalign.resharding.sync import sync_weights
 from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
 from megalign.rollout.redistribute import redistribute
-from megalign.rollout.rewards import RewardResult, RewardRunner
+from megalign.rollout.reward_functions import get_soft_overlong_punishment
+from megalign.rollout.rewards import RewardResult
 from megalign.rollout.vllm_engine import VllmEngine
-from megalign.train_engine import StepResult, TrainEngine
+from megalign.train_engine import StepResult
 from megalign.trainers.arguments import has_tokenizer
 from megalign.trainers.base import DATA_FIELDS, Trainer
+from megalign.trainers.dynamic_sampling import Refill, Sampled
 from megalign.trainers.experience import (
+    Credited,
     ExperienceMaker,
     Minibatch,
     completion_metrics,
     completion_seeds,
     step_counts,
 )
+from megalign.trainers.reference import Reference
 from megalign.trainers.reporting import print_completions, unique_prompts, write_completions
+from megalign.trainers.rewarding import Rewarding
+
+ONLINE_REFUSED = {
+    "tools": "tool calls are not built yet; completions are one turn",
+    "rollout_func": "completions are sampled by vLLM in the ranks",
+    "environment_factory": "environments are not built yet; score completions with reward_funcs",
+}
 
 
 class OnlineTrainer(Trainer):
     """Samples, scores and learns, round after round; a leaf says what advantage and which loss."""
 
-    data_fields = (
-        *DATA_FIELDS,
-        "num_generations",
-        "num_iterations",
-        "steps_per_generation",
-        "generation_batch_size",
-        "max_completion_length",
-    )
+    data_fields = (*DATA_FIELDS, "num_generations", "passes_per_round", "max_completion_length")
     schedule: list[Minibatch]  # optimizer steps of the current round that are still to come
+    refill: Refill | None = None  # dynamic sampling
+    corrects_sampler = False  # whether losses are weighed by the trainer's probability over the sampler's
 
-    def __init__(self, model: str | None = None, reward_funcs: Any = None, args: Any = None, **given: Any) -> None:
-        self._reward_funcs = reward_funcs
+    def __init__(
+        self,
+        model: str | None = None,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *,
+        reward_processing_classes: Any = None,
+        **given: Any,
+    ) -> None:
+        self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         super().__init__(model, args, **given)
         args, dp = self.args, self.groups.dp.size
         self.round_size = args.completions_per_generation(dp)
         self.updates_per_pass = args.microbatches_per_generation(dp) // args.gradient_accumulation_steps
         self.policy.sleep()  # one engine at a time in memory
-        self.reference: TrainEngine | None = None
-        if args.beta:
-            self.reference = TrainEngine(self.model_path, args, self.groups, trainable=False)
-            self.reference.sleep()
+        self.load_engines()
         self.rollout: RolloutEngine = VllmEngine(self.model_path, args, self.groups)
         self.rollout.sleep()
-        self.generation = generation_params(args, self.processing_class)
+        self.generation = generation_params(args, self.stop_token_id)
         self.experience = ExperienceMaker(
-            args, self.groups, self.policy, self.reference, needs_old_logprobs=self.needs_old_logprobs()
+            args,
+            self.groups,
+            self.policy,
+            self.reference,
+            needs_old_logprobs=self.needs_old_logprobs(),
+            corrects_sampler=self.corrects_sampler,
         )
         self.schedule = []
         self._synced = False  # whether the rollout engine holds the policy's present weights
         self._table: dict[str, list[Any]] = {}
+
+    def load_engines(self) -> None:
+        """The models beside the policy, each asleep until its own pass."""
+        self.rewards.load()
+        self.reference: Reference | None = None
+        if self.needs_reference():
+            self.reference = Reference(self.model_path, self.args, self.groups)
+            _ = self.reference.engine
 
     def load_tokenizer(self) -> Any:
         """The model's tokenizer: prompts and completions are text to the reward functions."""
@@ -79,8 +102,7 @@ class OnlineTrainer(Trainer):
 
     def check(self) -> None:
         """Reward functions that are found, a weight for each, and vLLM."""
-        self.rewards = self._reward_runner(self._reward_funcs)
-        self.reward_weights = torch.tensor(self.args.reward_weights or [1.0] * len(self.rewards.names))
+        self.rewards, self.reward_weights = self._rewarding()
         if find_spec("vllm") is None:
             raise UserError(
                 "vLLM is not installed: completions are sampled by it; tools/install.sh installs it "
@@ -89,9 +111,45 @@ class OnlineTrainer(Trainer):
 
     # ---- what a leaf says
 
-    def advantages(self, rewards: Tensor, num_generations: int) -> tuple[Tensor, dict[str, float]]:
-        """[N, F] rewards of whole groups -> [N] advantages, and the metrics of the rewards."""
+    def with_advantages(self, minibatches: list[Minibatch], rewards: Tensor, num_generations: int) -> Credited:
+        """The minibatches with what the loss reads of the rewards [N, F] of whole groups."""
         raise NotImplementedError
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The token that ends a completion."""
+        return self.processing_class.eos_token_id
+
+    def needs_reference(self) -> bool:
+        """Whether the policy is held near the model that it began as."""
+        raise NotImplementedError
+
+    def needs_old_logprobs(self) -> bool:
+        """TRL's rule: for the sampler's correction, and when a step's policy is not the one that sampled."""
+        return self.corrects_sampler or self.updates_per_round > 1
+
+    def with_step_columns(self, minibatch: Minibatch) -> Minibatch:
+        """With columns that only the policy of the very step knows."""
+        return minibatch
+
+    def learn(self) -> Iterator[StepResult]:
+        """The optimizer steps of the schedule, the policy awake for them."""
+        with awake(self.policy):
+            while self.schedule:
+                minibatch = self.with_step_columns(self.schedule.pop(0))
+                self.run.window.add(minibatch.metrics)
+                with self._timed("update_s"):
+                    result = self.take_step(minibatch)
+                self._synced = False
+                yield result
+
+    def take_step(self, minibatch: Minibatch) -> StepResult:
+        """One optimizer step."""
+        return self.update(minibatch.batches, minibatch.counts)
+
+    def before_steps(self, schedule: list[Minibatch]) -> list[Minibatch]:
+        """Called once for each round, with all of its optimizer steps, before the first of them."""
+        return schedule
 
     # ---- the loop
 
@@ -102,16 +160,8 @@ class OnlineTrainer(Trainer):
         for number, prompts in self._rounds(epoch, first):
             if not self.schedule:  # else a checkpoint was taken in the middle of this round
                 self._sync_weights("train")
-                completions = self._generate(prompts, self.args.num_generations, "train", number)
-                scored = self._score(completions, self.args.num_generations, "train")
-                self.schedule = self._learnable(completions, scored, number)
-            with awake(self.policy):
-                while self.schedule:
-                    minibatch = self.schedule.pop(0)
-                    with self._timed("update_s"):
-                        result = self.update(minibatch.batches, minibatch.counts)
-                    self._synced = False
-                    yield result
+                self.schedule = self.before_steps(self._learnable(self._sample(prompts, number), number))
+            yield from self.learn()
 
     def _sync_weights(self, stream: str) -> None:
         if self._synced and not self.args.engines_sleep:
@@ -121,11 +171,11 @@ class OnlineTrainer(Trainer):
         self._synced = True
 
     def _generate(
-        self, prompts: Sequence[dict[str, Any]], num_generations: int, stream: str, number: int
+        self, prompts: Sequence[dict[str, Any]], num_generations: int, stream: str, number: tuple[int, int]
     ) -> list[Completion]:
         """All completions of the job on every rank: `num_generations` neighbours for each prompt."""
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
-        seeds = completion_seeds(self.args.seed, stream, number, len(rows))
+        seeds = completion_seeds(self.args.seed, stream, *number, count=len(rows))
         ids = [row["prompt_ids"] for row in rows]
         with self._timed("generation_s", stream), awake(self.rollout):
             completions = self.rollout.generate(ids, self.generation, seeds, self.state.global_step)
@@ -136,30 +186,40 @@ class OnlineTrainer(Trainer):
 
     def _score(self, completions: list[Completion], num_generations: int, stream: str) -> RewardResult:
         prompts = [completion.row["prompt"] for completion in completions]
-        # The data-parallel leaders alone call reward functions.
-        texts = self._texts(completions) if self.groups.is_dp_leader else [""] * len(completions)
+        # Reward functions are called by the data-parallel leaders alone, reward models by every rank.
+        reads = self.groups.is_dp_leader or self.rewards.models
+        texts = self._texts(completions) if reads else [""] * len(completions)
         with self._timed("reward_s", stream):
             return self.rewards(completions, prompts, texts, group_size=num_generations, trainer_state=self.state)
 
-    def _learnable(self, completions: list[Completion], scored: RewardResult, number: int) -> list[Minibatch]:
+    def _sample(self, prompts: list[dict[str, Any]], number: int) -> Sampled:
+        """The round's completions and what they are worth; with dynamic_sampling, of groups that teach something."""
+
+        def draw(some: list[dict[str, Any]], part: int) -> Sampled:
+            completions = self._generate(some, self.args.num_generations, "train", (number, part))
+            return Sampled(completions, self._score(completions, self.args.num_generations, "train"))
+
+        first = draw(prompts, 0)
+        if self.refill is None:
+            return first
+        filled, metrics = self.refill.filled(first, draw, self.train_rows, len(prompts))
+        self.run.window.add(metrics)
+        return filled
+
+    def _learnable(self, sampled: Sampled, number: int) -> list[Minibatch]:
         """The round's optimizer steps, in order; its metrics go to the log."""
-        advantages, metrics = self.advantages(scored.rewards, self.args.num_generations)
-        self._note_round(completions, scored, advantages, metrics)
         minibatches = self.experience.minibatches(
-            completions, advantages, step=number, num_updates=self.updates_per_pass
+            sampled.completions, step=number, num_updates=self.updates_per_pass
         )
         minibatches, metrics = self.experience.add_columns(minibatches)
-        self.run.window.add(metrics)
-        return minibatches * self.args.num_iterations
+        credited = self.with_advantages(minibatches, sampled.scored.rewards, self.args.num_generations)
+        self._note_round(sampled, credited.advantages)
+        self.run.window.add({**metrics, **credited.metrics})
+        return credited.minibatches * self.args.passes_per_round
 
-    def _note_round(
-        self,
-        completions: list[Completion],
-        scored: RewardResult,
-        advantages: Tensor,
-        metrics: dict[str, float],
-    ) -> None:
-        self.run.window.add({**completion_metrics(completions), **metrics, **scored.metrics})
+    def _note_round(self, sampled: Sampled, advantages: Tensor) -> None:
+        completions, scored = sampled
+        self.run.window.add({**completion_metrics(completions), **scored.metrics})
         self.run.count_tokens(
             sum(len(completion.prompt_ids) + len(completion.completion_ids) for completion in completions)
         )
@@ -178,32 +238,43 @@ class OnlineTrainer(Trainer):
         """Each prompt once, `num_generations_eval` completions each; the policy's loss on them as well."""
         group = self.args.eval_generations
         self._sync_weights("eval")
-        completions = self._generate(list(rows), group, "eval", 0)
+        completions = self._generate(list(rows), group, "eval", (0, 0))
         scored = self._score(completions, group, "eval")
-        advantages, metrics = self.advantages(scored.rewards, group)
         everything = range(len(completions))
         micro_batch = self.args.per_device_eval_batch_size
         whole = Minibatch(
-            batches=self.experience.batches(completions, advantages, everything, micro_batch),
+            batches=self.experience.batches(completions, everything, micro_batch),
             counts=step_counts(self.experience.loss_tokens(completions), everything),
         )
-        (whole,) = self.experience.with_reference([whole])
+        minibatches, sampling = self.experience.add_columns([whole])
+        credited = self.with_advantages(minibatches, scored.rewards, group)
+        (whole,) = credited.minibatches
         with awake(self.policy):
+            whole = self.with_step_columns(whole)
             loss = self.policy.eval_step(whole.batches, self.loss, counts=whole.counts)
         self.policy.wake()  # for the step that may follow in the same round
-        return {**loss, **completion_metrics(completions), **metrics, **scored.metrics}
+        metrics = {**loss, **completion_metrics(completions), **sampling, **credited.metrics, **scored.metrics}
+        return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
 
     # ---- rounds, state
 
     @property
     def updates_per_round(self) -> int:
         """Optimizer steps between two generations."""
-        return self.updates_per_pass * self.args.num_iterations
+        return self.updates_per_pass * self.args.passes_per_round
 
     @property
     def rounds_per_epoch(self) -> int:
         """Generations in an epoch; prompts that do not fill a round wait for the next epoch, as in TRL."""
         return len(self.train_rows) // (self.round_size // self.args.num_generations)
+
+    def rows_needed(self) -> int | None:
+        """Prompts of all the rounds that max_steps takes."""
+        steps, args, dp = self.max_steps(), self.args, self.groups.dp.size
+        if steps <= 0:
+            return None
+        updates = args.microbatches_per_generation(dp) // args.gradient_accumulation_steps * args.passes_per_round
+        return -(-steps // updates) * (args.completions_per_generation(dp) // args.num_generations)
 
     def micro_steps_per_epoch(self) -> int:
         """Microbatches a data-parallel rank takes in an epoch, over all iterations."""
@@ -218,22 +289,21 @@ class OnlineTrainer(Trainer):
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """Rows with prompt_ids beside the dataset's own columns."""
-        model = read_config(self.model_path)
-        limits = {"max_positions": model.get("max_position_embeddings"), "vocab_size": model["vocab_size"]}
+        model = self.architecture
+        limits = {"max_positions": model.max_position_embeddings, "vocab_size": model.vocab_size}
         return prepare_prompts(dataset, self.processing_class, self.args, **limits)
-
-    def needs_old_logprobs(self) -> bool:
-        """TRL's rule: for the sampler's correction, and when a step's policy is not the one that sampled."""
-        return self.args.vllm_importance_sampling_correction or self.updates_per_round > 1
 
     def loop_state(self) -> dict[str, Any]:
         """The optimizer steps that were sampled for but not yet taken."""
-        return {"schedule": [minibatch.state() for minibatch in self.schedule]}
+        refill = {} if self.refill is None else {"refill": self.refill.state_dict()}
+        return {"schedule": [minibatch.state() for minibatch in self.schedule], **refill}
 
     def restore_loop_state(self, state: dict[str, Any]) -> None:
         """Goes on in the middle of a round."""
         self._synced = False
         self.schedule = [Minibatch.from_state(minibatch) for minibatch in state["schedule"]]
+        if self.refill is not None:
+            self.refill.load_state_dict(state["refill"])
 
     def after_log(self) -> None:
         """The latest round as a table, where asked for."""
@@ -260,15 +330,24 @@ class OnlineTrainer(Trainer):
         for number in range(sampler.position, sampler.batches_per_epoch):
             yield epoch * sampler.batches_per_epoch + number, [self.train_rows[row] for row in next(sampler)]
 
-    def _reward_runner(self, reward_funcs: Any) -> RewardRunner:
-        chosen = self.args.reward_funcs if reward_funcs is None else reward_funcs
-        functions = [chosen] if callable(chosen) or isinstance(chosen, str) else list(chosen or [])
-        weights = self.args.reward_weights
-        if weights is not None and len(weights) != len(functions):
+    def _rewarding(self) -> tuple[Rewarding, Tensor]:
+        """What scores completions, and the weight of each part."""
+        given = self.args.reward_sources if self._reward_funcs is None else self._reward_funcs
+        chosen = [given] if callable(given) or isinstance(given, str) else list(given or [])
+        weights = list(self.args.reward_weights or [1.0] * len(chosen))
+        if len(weights) != len(chosen):
             raise UserError(
-                f"reward_weights has {len(weights)} values for {len(functions)} reward functions; give one each"
+                f"reward_weights has {len(weights)} values for {len(chosen)} reward functions; give one each"
             )
-        return RewardRunner(functions, self.groups, timeout=self.args.reward_timeout)
+        tokenizers = self._reward_tokenizers
+        if tokenizers is not None:
+            tokenizers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+        if chosen and self.args.overlong_buffer_length is not None:
+            limit, buffer = self.args.max_completion_length, self.args.overlong_buffer_length
+            chosen.append(get_soft_overlong_punishment(limit, buffer))
+            weights.append(self.args.overlong_penalty)
+            tokenizers = None if tokenizers is None else [*tokenizers, None]
+        return Rewarding(chosen, self.args, self.groups, tokenizers), torch.tensor(weights)
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         return self.processing_class.batch_decode(
@@ -283,8 +362,8 @@ class OnlineTrainer(Trainer):
             self.run.window.add({f"perf/{name}": time.perf_counter() - started})
 
 
-def generation_params(args: Any, tokenizer: Any) -> GenerationParams:
-    """How completions are sampled, from the config and the tokenizer's end token."""
+def generation_params(args: Any, stop: int | None) -> GenerationParams:
+    """How completions are sampled, from the config; `stop` is the token that ends one."""
     return GenerationParams(
         max_tokens=args.max_completion_length,
         temperature=args.temperature,
@@ -293,6 +372,6 @@ def generation_params(args: Any, tokenizer: Any) -> GenerationParams:
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         structured_outputs_regex=args.vllm_structured_outputs_regex,
-        stop_token_ids=(tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else (),
+        stop_token_ids=() if stop is None else (stop,),
         extra=args.generation_kwargs or {},
     )

@@ -7,13 +7,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
-from megalign.parallel.control import any_rank
-from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.control import any_rank, barrier
+from megalign.parallel.groups import Axis, ParallelGroups
 from megalign.trainers.reporting import MetricsFile, MetricsWindow
 from megalign.trainers.schedule import StepPlan
 
 _DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 _FIRST_IN_LINE = ("loss", "grad_norm", "learning_rate")
+
+
+class Accelerator:
+    """What training scripts ask of accelerate's Accelerator, for the ranks of the job."""
+
+    def __init__(self, world: Axis) -> None:
+        self._world = world
+        self.process_index, self.num_processes = world.rank, world.size
+        self.is_main_process = world.rank == 0
+
+    def print(self, *values: Any, **options: Any) -> None:
+        """print, once in the job."""
+        if self.is_main_process:
+            print(*values, **options)
+
+    def wait_for_everyone(self) -> None:
+        """Returns when every rank has come here."""
+        barrier(self._world)
 
 
 class Run:
@@ -94,7 +112,7 @@ class Run:
         self.state.epoch = self.epoch + plan.epoch_fraction(self.update)
 
     def count_epoch(self) -> None:
-        """The epoch is over, whether all of its steps were taken or not."""
+        """The epoch is over, whether all of its steps were taken or a callback ended it."""
         self.epoch, self.update = self.epoch + 1, 0
 
     def count_tokens(self, count: int) -> None:

@@ -39,10 +39,10 @@ class StepPlan:
         return min(updates * self.accumulation, self.micro_steps_per_epoch) / self.micro_steps_per_epoch
 
 
-def plan_steps(args: Any, micro_steps_per_epoch: int) -> StepPlan:
-    """`max_steps` when it is set, otherwise as many steps as `num_train_epochs` has."""
+def plan_steps(args: Any, micro_steps_per_epoch: int, max_steps: int) -> StepPlan:
+    """`max_steps` when it is above 0, otherwise as many steps as `num_train_epochs` has."""
     updates = max(1, math.ceil(micro_steps_per_epoch / args.gradient_accumulation_steps))
-    max_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    max_steps = max_steps if max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     if max_steps <= 0:
         raise UserError(
             f"max_steps={args.max_steps}, num_train_epochs={args.num_train_epochs} leave nothing to train; "
@@ -79,11 +79,11 @@ class LearningRate:
                 f"lr_scheduler_type={args.lr_scheduler_type!r} follows a metric instead of the step; "
                 "take one that follows the step, such as cosine or linear"
             )
-        self._factor = scheduler.lr_lambdas[0]
+        self.factor = scheduler.lr_lambdas[0]  # of the peak, by the number of finished steps
 
     def __call__(self, step: int) -> float:
         """The rate of the optimizer step that follows `step` finished ones."""
-        return self.base * self._factor(step)
+        return self.base * self.factor(step)
 
 
 def warmup_steps(args: Any, max_steps: int) -> int:

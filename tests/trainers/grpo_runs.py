@@ -179,5 +179,5 @@ def watch(trainer: Any) -> list[str]:
     for method in ("forward", "train_step", "eval_step", "sleep", "wake"):
         noted(trainer.policy, method, f"policy {method}")
     if trainer.reference is not None:
-        noted(trainer.reference, "forward", "reference forward")
+        noted(trainer.reference.engine, "forward", "reference forward")
     return log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,7 @@ def _maker(dp_rank: int = 0, dp_size: int = 1, **changes: Any) -> ExperienceMake
     args = SimpleNamespace(per_device_train_batch_size=1, seed=3, mask_truncated_completions=False, temperature=0.5)
     vars(args).update(changes)
     groups = SimpleNamespace(dp=SimpleNamespace(rank=dp_rank, size=dp_size), token_multiple=4)
-    return ExperienceMaker(args, groups, None, None, needs_old_logprobs=False)  # type: ignore[arg-type]
+    return ExperienceMaker(args, groups, None, None, needs_old_logprobs=False, corrects_sampler=False)  # type: ignore[arg-type]
 
 
 def test_counts_are_of_the_step_and_dapos_denominator_of_the_round() -> None:
@@ -61,7 +62,7 @@ def test_counts_are_those_of_the_batches_of_all_ranks() -> None:
         batches = [
             batch
             for rank in range(2)
-            for batch in _maker(rank, 2, **changes).batches(COMPLETIONS, torch.zeros(4), range(4), 1)
+            for batch in _maker(rank, 2, **changes).batches(COMPLETIONS, range(4), 1)
         ]
         counts = step_counts(_maker(**changes).loss_tokens(COMPLETIONS), range(4))
         assert sum(int(batch["loss_mask"].sum()) for batch in batches) == counts.tokens
@@ -72,10 +73,13 @@ def test_each_completion_is_in_one_batch_with_its_own_advantage() -> None:
     advantages = torch.tensor([0.1, 0.2, 0.3, 0.4])
     found = {}
     for rank in range(2):
-        for minibatch in _maker(rank, 2).minibatches(COMPLETIONS, advantages, step=0, num_updates=2):
+        maker = _maker(rank, 2)
+        minibatches = maker.minibatches(COMPLETIONS, step=0, num_updates=2)
+        for minibatch in maker.with_sequence_column(minibatches, "advantages", advantages):
             for batch in minibatch.batches:
                 assert batch.num_tokens % 4 == 0
                 assert batch["temperature"].tolist() == [0.5]
+                assert batch["ended"].tolist() == [float(batch["index"][0] != 1)]
                 found[int(batch.lengths[0])] = float(batch["advantages"][0])
     lengths = [2 + len(completion.completion_ids) for completion in COMPLETIONS]
     assert found == {length: pytest.approx(float(a)) for length, a in zip(lengths, advantages, strict=True)}
@@ -92,21 +96,22 @@ def test_one_step_keeps_the_order_and_more_are_drawn_from_the_whole_round() -> N
 
 
 def test_seeds_are_a_function_of_the_place_in_the_run() -> None:
-    seeds = completion_seeds(42, "train", 7, 16)
+    seeds = completion_seeds(42, "train", 7, count=16)
     assert len(set(seeds)) == 16 and min(seeds) >= 0
-    assert completion_seeds(42, "train", 7, 8) == seeds[:8]
-    others = [(43, "train", 7), (42, "eval", 7), (42, "train", 8)]
-    assert all(set(completion_seeds(*other, 16)).isdisjoint(seeds) for other in others)
+    assert completion_seeds(42, "train", 7, count=8) == seeds[:8]
+    others = [(43, "train", 7), (42, "eval", 7), (42, "train", 8), (42, "train", 7, 1)]
+    assert all(set(completion_seeds(*other, count=16)).isdisjoint(seeds) for other in others)
 
 
 def test_a_minibatch_comes_back_from_a_checkpoint_as_it_was(tmp_path: Any) -> None:
-    (minibatch,) = _maker().minibatches(COMPLETIONS[:1], torch.ones(1), step=0, num_updates=1)
+    (minibatch,) = _maker().minibatches(COMPLETIONS[:1], step=0, num_updates=1)
+    minibatch = replace(minibatch, metrics={"noted": 0.25})
     torch.save(minibatch.state(), tmp_path / "m.pt")
     back = Minibatch.from_state(torch.load(tmp_path / "m.pt", weights_only=True))
-    assert back.counts == minibatch.counts
+    assert back.counts == minibatch.counts and back.metrics == {"noted": 0.25}
     before, after = minibatch.batches[0], back.batches[0]
     assert isinstance(after, Batch) and after.num_sequences == before.num_sequences
-    for name in ("loss_mask", "rollout_logprobs", "advantages", "temperature"):
+    for name in ("loss_mask", "rollout_logprobs", "index", "temperature"):
         assert torch.equal(before[name], after[name])
 
 

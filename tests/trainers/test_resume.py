@@ -153,6 +153,23 @@ def test_only_the_newest_checkpoints_are_kept(model: str, tmp_path: Path) -> Non
     assert [path.name for path in checkpointing.checkpoints(str(tmp_path))] == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_a_run_that_ended_within_an_epoch_can_be_made_longer(model: str, tmp_path: Path) -> None:
+    constant = {"lr_scheduler_type": "constant", "save_strategy": "epoch", "logging_steps": 1}
+    (whole,) = run_ranks(1, train_sft, model, ROWS, _fields(tmp_path / "whole", **constant))
+    run_ranks(1, train_sft, model, ROWS, _fields(tmp_path / "parts", **constant, max_steps=3))  # of 4 in an epoch
+    (longer,) = run_ranks(1, train_sft, model, ROWS, _fields(tmp_path / "parts", **constant), {"resume": "latest"})
+    assert longer["output"].global_step == 6
+    assert longer["digest"] == whole["digest"]
+    assert [line["step"] for line in metric_lines(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_an_earlier_longer_run_in_the_directory_is_not_the_latest(model: str, tmp_path: Path) -> None:
+    run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, max_steps=6, save_steps=6))
+    run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, max_steps=3, save_steps=1, save_total_limit=2))
+    assert [path.name for path in checkpointing.checkpoints(str(tmp_path))] == ["checkpoint-2", "checkpoint-3"]
+    assert checkpointing.find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-3"
+
+
 def test_a_checkpoint_without_manifest_is_not_the_latest(model: str, tmp_path: Path) -> None:
     run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, save_steps=2))
     (tmp_path / "checkpoint-6" / "manifest.json").unlink()

@@ -103,7 +103,8 @@ def test_steps_and_epochs_are_those_of_transformers(
         max_steps=max_steps,
     )
     trainer, seen = _transformers_run(tmp_path, rows, **fields)
-    plan = plan_steps(SFTConfig(**fields), math.ceil(rows / batch))
+    args = SFTConfig(**fields)
+    plan = plan_steps(args, math.ceil(rows / batch), args.max_steps)
     assert (plan.max_steps, plan.num_epochs) == (trainer.state.max_steps, trainer.state.num_train_epochs)
     ours = [
         step // plan.updates_per_epoch + plan.epoch_fraction(step % plan.updates_per_epoch + 1)

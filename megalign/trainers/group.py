@@ -1,0 +1,35 @@
+"""GroupTrainer: what GRPO and RLOO share, several completions of each prompt and a reference behind beta."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalign.train_engine import TrainEngine
+from megalign.trainers.dynamic_sampling import Refill
+from megalign.trainers.online import ONLINE_REFUSED, OnlineTrainer
+
+
+class GroupTrainer(OnlineTrainer):
+    """Advantages within the group of a prompt; a leaf says which."""
+
+    data_fields = (*OnlineTrainer.data_fields, "steps_per_generation", "generation_batch_size")
+    refused_arguments = ONLINE_REFUSED
+
+    def __init__(self, model: str | None = None, reward_funcs: Any = None, args: Any = None, **given: Any) -> None:
+        super().__init__(model, reward_funcs, args, **given)
+        if self.args.dynamic_sampling:
+            self.refill = Refill(self.args, self.reward_weights)
+
+    def needs_reference(self) -> bool:
+        """Whether the policy is held near the model that it began as."""
+        return self.args.beta != 0.0
+
+    def engines(self) -> dict[str, TrainEngine]:
+        """A reference that follows the policy is part of where a run stands."""
+        moves = self.reference is not None and self.args.sync_ref_model
+        return {**super().engines(), "reference": self.reference.engine} if moves else super().engines()
+
+    def after_step(self) -> None:
+        """The reference follows, where asked to."""
+        if self.reference is not None:
+            self.reference.follow(self.policy, self.state.global_step)

@@ -1,0 +1,82 @@
+"""KTOTrainer: preference optimization on single answers, good or bad (arXiv 2402.01306)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from megalign.algos.unpaired import KTO_COUNTS, kto_loss
+from megalign.batch import Batch
+from megalign.config import KTOConfig
+from megalign.data.collate import pack
+from megalign.data.datasets import prepare_unpaired
+from megalign.data.sampler import shard
+from megalign.data.unpaired import kl_sequence, sequence_of_unpaired
+from megalign.parallel.reduce import gather_over
+from megalign.trainers.base import DATA_FIELDS
+from megalign.trainers.offline import Sequences
+from megalign.trainers.preference import PreferenceTrainer
+from megalign.trainers.reference import RowSequence
+
+
+class KTOTrainer(PreferenceTrainer):
+    """TRL's KTOTrainer: model, ref_model, args, train_dataset, eval_dataset, processing_class, callbacks."""
+
+    config_class = KTOConfig
+    data_fields = (*DATA_FIELDS, "max_length")
+    named_counts = KTO_COUNTS
+
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+        """Single answers, each with the mismatched one of its neighbour in the file."""
+        options = {"block": self._global_batch, "vocab_size": self.architecture.vocab_size}
+        return prepare_unpaired(dataset, self.processing_class, self.args, **options)
+
+    def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
+        """One for each row."""
+        return [sequence_of_unpaired(row) for row in rows]
+
+    def reference_columns(self) -> Mapping[str, RowSequence]:
+        """Of the row's own answer and, where z is estimated, of the mismatched one."""
+        columns: dict[str, RowSequence] = {"ref_logprobs": sequence_of_unpaired}
+        return {**columns, "ref_kl_logprobs": kl_sequence} if self._estimates_kl else columns
+
+    def with_columns(self, batches: list[Batch], rows: Sequence[int], dataset: Dataset) -> list[Batch]:
+        """The reference's logprobs, and z."""
+        batches = self.with_reference(batches)
+        kl = self._kl(rows, dataset) if self._estimates_kl else 0.0
+        return [batch.with_sequence_columns(kl=torch.full((batch.num_sequences,), kl)) for batch in batches]
+
+    def loss(self, *inputs: Any) -> Any:
+        """The LossFn of a step."""
+        args = self.args
+        return kto_loss(
+            *inputs,
+            loss_type=args.loss_type,
+            beta=args.beta,
+            desirable_weight=args.desirable_weight,
+            undesirable_weight=args.undesirable_weight,
+        )
+
+    @property
+    def _estimates_kl(self) -> bool:
+        return self.args.loss_type == "kto"
+
+    def _kl(self, rows: Sequence[int], dataset: Dataset) -> float:
+        """z: the mean log ratio of mismatched answers over the step's rows, at least 0 (arXiv 2402.01306 sec. 4.1)."""
+        dp = self.groups.dp
+        batches = [
+            pack([kl_sequence(dataset[row]) for row in part], multiple=self.groups.token_multiple)
+            for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=self.args.per_device_train_batch_size)
+        ]
+        batches = self.with_reference(batches)
+        outputs = self.policy.forward(batches)
+        ratios = [
+            batch.per_sequence_sum(output["logprobs"].cpu() - batch["ref_logprobs"])
+            for output, batch in zip(outputs, batches, strict=True)
+            if batch.num_sequences
+        ]
+        everyone, _ = gather_over(torch.cat([torch.zeros(0), *ratios]), dp)
+        return max(0.0, float(everyone.mean()))

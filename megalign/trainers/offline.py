@@ -1,0 +1,88 @@
+"""OfflineTrainer: the loop of trainers that learn from prepared rows, packed microbatch by microbatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from megalign.batch import Batch
+from megalign.data.chat import load_tokenizer
+from megalign.data.collate import pack
+from megalign.data.sampler import EpochSampler, shard
+from megalign.train_engine import StepResult
+from megalign.trainers.arguments import has_tokenizer
+from megalign.trainers.base import Trainer
+
+Sequences = Sequence[Mapping[str, Any]]  # as data.collate.pack takes them
+
+
+class OfflineTrainer(Trainer):
+    """Global batches of rows in a fixed order; a leaf says what the sequences of a row are, and which loss."""
+
+    # ---- what a leaf says
+
+    def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
+        """The sequences of prepared rows, a row's own as neighbours."""
+        raise NotImplementedError
+
+    def with_columns(self, batches: list[Batch], rows: Sequence[int], dataset: Dataset) -> list[Batch]:
+        """The batches with the columns of passes without gradient; `rows` of `dataset` are the whole step's."""
+        return batches
+
+    # ---- the loop
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer, with the end token and chat template that the config names."""
+        eos_token, template = self.args.eos_token, self.args.chat_template_path
+        if not has_tokenizer(self.model_path) and eos_token is template is None:
+            return None
+        return load_tokenizer(self.model_path, eos_token=eos_token, chat_template_path=template)
+
+    def changes_tokenizer(self) -> bool:
+        """Also by the end token and chat template that the config names."""
+        return super().changes_tokenizer() or (self.args.eos_token, self.args.chat_template_path) != (None, None)
+
+    def rows_needed(self) -> int | None:
+        """Rows of all the steps that max_steps takes."""
+        steps = self.max_steps()
+        return steps * self._global_batch if steps > 0 else None
+
+    @property
+    def _global_batch(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.groups.dp.size
+
+    def micro_steps_per_epoch(self) -> int:
+        """Batches that a data-parallel rank takes in an epoch; the last may be short."""
+        return math.ceil(len(self.train_rows) / (self.args.per_device_train_batch_size * self.groups.dp.size))
+
+    def updates(self, epoch: int, first: int) -> Iterator[StepResult]:
+        """One optimizer step for each global batch."""
+        args = self.args
+        sampler = EpochSampler(
+            len(self.train_rows),
+            self._global_batch,
+            seed=args.data_order_seed,
+            shuffle=args.shuffle_dataset,
+        )
+        sampler.load_state_dict({"epoch": epoch, "position": first})
+        for _ in range(first, sampler.batches_per_epoch):
+            rows = next(sampler)
+            taken = self.sequences([self.train_rows[row] for row in rows])
+            self.run.count_tokens(sum(len(sequence["tokens"]) for sequence in taken))
+            yield self.update(self._batches(self.train_rows, rows, args.per_device_train_batch_size))
+
+    def evaluation(self, rows: Dataset) -> dict[str, float]:
+        """Means over all rows, each row once."""
+        batches = self._batches(rows, range(len(rows)), self.args.per_device_eval_batch_size)
+        return self.policy.eval_step(batches, self.loss, counts=self.counts(batches))
+
+    def _batches(self, dataset: Dataset, rows: Sequence[int], micro_batch: int) -> list[Batch]:
+        dp = self.groups.dp
+        batches = [
+            pack(self.sequences([dataset[row] for row in part]), multiple=self.groups.token_multiple)
+            for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=micro_batch)
+        ]
+        return self.with_columns(batches, rows, dataset)

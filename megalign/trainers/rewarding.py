@@ -1,0 +1,122 @@
+"""Rewarding: reward functions and reward models, in the order in which they were given, as one [N, F] table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalign.batch import Completion
+from megalign.data.chat import as_messages, chat_ids, is_conversation, load_tokenizer
+from megalign.data.collate import pack
+from megalign.data.rows import check_tokens
+from megalign.data.sampler import shard
+from megalign.errors import UserError
+from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.reduce import gather_rows
+from megalign.rollout.engine import awake
+from megalign.rollout.rewards import RewardResult, RewardRunner
+from megalign.train_engine import TrainEngine
+from megalign.trainers.arguments import has_tokenizer
+
+
+class RewardModel:
+    """A sequence classifier of one label on the ranks, sharded as the policy is."""
+
+    def __init__(self, path: str, args: Any, groups: ParallelGroups, tokenizer: Any = None) -> None:
+        self.path, self._args, self._groups = path, args, groups
+        self.name = Path(path).name
+        if tokenizer is None and not has_tokenizer(path):
+            raise UserError(
+                f"reward model {path} has no tokenizer; add its files or pass reward_processing_classes, one a function"
+            )
+        self._tokenizer = load_tokenizer(path) if tokenizer is None else tokenizer
+
+    def load(self) -> None:
+        """Reads the weights; a collective over the model copy."""
+        self.engine = TrainEngine(self.path, self._args, self._groups, trainable=False, score_head=True)
+        self.engine.sleep()
+
+    def __call__(self, prompts: Sequence[Any], texts: Sequence[str]) -> Tensor:
+        """[N] scores, on every rank; each text is read by one data-parallel replica. Collective."""
+        dp, multiple = self._groups.dp, self._groups.token_multiple
+        parts = shard(
+            range(len(texts)), dp_rank=dp.rank, dp_size=dp.size, micro_batch=self._args.per_device_train_batch_size
+        )
+        batches = [pack([self._sequence(prompts[i], texts[i]) for i in part], multiple=multiple) for part in parts]
+        with awake(self.engine):
+            columns = self.engine.forward(batches, ("scores",))
+        mine: dict[int, float] = {}
+        for part, batch, column in zip(parts, batches, columns, strict=True):
+            mine.update(zip(part, batch.per_sequence_sum(column["scores"].cpu()).tolist(), strict=True))
+        scores = torch.tensor(gather_rows(mine, dp))
+        if not scores.isfinite().all():
+            worst = int((~scores.isfinite()).nonzero()[0])
+            raise UserError(f"reward model {self.path} scores completion {worst} as {scores[worst]}; check its weights")
+        return scores
+
+    def _sequence(self, prompt: Any, text: str) -> dict[str, list[Any]]:
+        if is_conversation(prompt):
+            messages = [*as_messages(prompt), {"role": "assistant", "content": text}]
+            ids = chat_ids(self._tokenizer, messages, options={})
+        else:
+            ids = self._tokenizer(text=prompt + text, add_special_tokens=False)["input_ids"]
+        check_tokens(ids, self.engine.architecture.vocab_size)
+        if len(ids) < 2:  # a sequence's first token is never in a loss mask, and the last one is the answer's
+            raise UserError(f"reward model {self.name} needs two tokens of prompt and completion and got {ids}")
+        return {"tokens": ids, "loss_mask": [False] * (len(ids) - 1) + [True]}
+
+
+class Rewarding:
+    """What all of the job's completions are worth, by each function and model; every rank gets the table."""
+
+    def __init__(
+        self, chosen: Sequence[Any], args: Any, groups: ParallelGroups, tokenizers: Sequence[Any] | None = None
+    ) -> None:
+        if tokenizers is not None and len(tokenizers) != len(chosen):
+            raise UserError(
+                f"reward_processing_classes has {len(tokenizers)} entries for {len(chosen)} reward functions; give one "
+                "for each, None for a function"
+            )
+        given = tokenizers or [None] * len(chosen)
+        self.models = {
+            place: RewardModel(str(what), args, groups, tokenizer)
+            for place, (what, tokenizer) in enumerate(zip(chosen, given, strict=True))
+            if is_model(what)
+        }
+        functions = [what for place, what in enumerate(chosen) if place not in self.models]
+        # With nothing at all, the runner says what is missing.
+        self._runner = RewardRunner(functions, groups, timeout=args.reward_timeout) if functions or not chosen else None
+        names = iter(self._runner.names if self._runner else [])
+        self.names = [
+            self.models[place].name if place in self.models else next(names) for place in range(len(chosen))
+        ]
+
+    def load(self) -> None:
+        """Reads the reward models."""
+        for model in self.models.values():
+            model.load()
+
+    def __call__(
+        self, completions: list[Completion], prompts: list[Any], texts: list[str], **options: Any
+    ) -> RewardResult:
+        """RewardRunner's result with the models' columns at their places."""
+        empty = torch.empty(len(completions), 0)
+        found = RewardResult(rewards=empty, extra={}, metrics={})
+        if self._runner is not None:
+            found = self._runner(completions, prompts, texts, **options)
+        columns = iter(found.rewards.unbind(dim=1))
+        table = [
+            self.models[place](prompts, texts) if place in self.models else next(columns)
+            for place in range(len(self.names))
+        ]
+        return replace(found, rewards=torch.stack(table, dim=1))
+
+
+def is_model(reward: Any) -> bool:
+    """Whether a reward is a directory with a model instead of a function."""
+    return isinstance(reward, str | Path) and (Path(reward) / "config.json").is_file()

@@ -1,0 +1,92 @@
+"""What each of the eight trainers logs, and every gradient tensor, is the same at every layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layouts import LAYOUTS, ONE_RANK, Layout
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny_classifier, save_tiny_model
+from tests.trainers.grpo_runs import save_model_with_tokenizer
+from tests.trainers.layout_runs import OFFLINE, ONLINE, run
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{kind: (kind, {}) for kind in (*OFFLINE, *ONLINE)},
+    "Reward-centred": ("Reward", {"center_rewards_coefficient": 0.1}),
+    "DPO-coupled": (
+        "DPO",
+        {"loss_type": ["aot", "aot_unpaired", "sigmoid"], "loss_weights": [0.5, 1.0, 2.0], "ld_alpha": 0.5},
+    ),
+    "DPO-weighted": ("DPO", {"loss_type": ["ipo", "sft"], "use_weighting": True, "sync_ref_model": True,
+                             "ref_model_sync_steps": 1}),
+    "DPO-precomputed": ("DPO", {"precompute_ref_log_probs": True}),
+    "KTO-precomputed": ("KTO", {"precompute_ref_log_probs": True}),
+    "GRPO-entropy": (
+        "GRPO",
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "beta": 0.1, "sync_ref_model": True,
+         "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3},
+    ),
+    "RLOO-normalized": ("RLOO", {"normalize_advantages": True, "reward_clip_range": [-1.0, 0.5]}),
+    "PPO-whitened": ("PPO", {"whiten_rewards": True, "kl_estimator": "k3", "missing_eos_penalty": 0.5,
+                             "num_ppo_epochs": 1, "num_mini_batches": 2, "per_device_train_batch_size": 4}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A policy, a reference that differs from it everywhere, and a reward model with the policy's tokenizer."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("model", "reference", "reward")}
+    save_model_with_tokenizer(made["model"])
+    save_tiny_model("llama", made["reference"], seed=1, head_dim=32)
+    save_tiny_classifier("llama", made["reward"], seed=2, head_dim=32)
+    for file in made["model"].glob("tokenizer*"):
+        (made["reward"] / file.name).write_bytes(file.read_bytes())
+    return {name: str(path) for name, path in made.items()}
+
+
+def scaled(options: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The same global batch when a variant names its own microbatch."""
+    size = options.get("per_device_train_batch_size")
+    return options if size is None else {**options, "per_device_train_batch_size": size // layout.dp}
+
+
+_ONE_RANK: dict[str, Any] = {}  # by variant
+
+
+def on_one_rank(name: str, paths: dict[str, str], directory: Path) -> dict[str, Any]:
+    if name not in _ONE_RANK:
+        kind, options = VARIANTS[name]
+        (_ONE_RANK[name],) = run_ranks(1, run, kind, paths, ONE_RANK, str(directory / "one"), options)
+    return _ONE_RANK[name]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_logs_and_gradients_are_those_of_one_rank(
+    name: str, layout: Layout, paths: dict[str, str], tmp_path: Path
+) -> None:
+    kind, options = VARIANTS[name]
+    wanted = on_one_rank(name, paths, tmp_path)
+    ranks = run_ranks(layout.world, run, kind, paths, layout, str(tmp_path / "many"), scaled(options, layout))
+    for found in ranks:
+        assert len(found["lines"]) == len(wanted["lines"]) == 2
+        for line, other in zip(found["lines"], wanted["lines"], strict=True):
+            check_line(line, other)
+        for engine, gradients in wanted["gradients"].items():
+            assert sorted(found["gradients"][engine]) == sorted(gradients)
+            for key, gradient in gradients.items():
+                difference = float((found["gradients"][engine][key] - gradient).norm())
+                assert difference <= 1e-4 * float(gradient.norm()), (engine, key, difference)
+
+
+def check_line(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Each number to 1e-4 relative; those that are differences of larger ones, to 1e-4 of the largest in the line."""
+    timed = ("time", "_s")
+    assert sorted(found) == sorted(wanted)
+    for key, value in wanted.items():
+        if key.endswith(timed) or value is None:
+            continue
+        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
