@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megalign.algos.columns import token_column
 from megalign.batch import Batch, Metric
 
 
@@ -35,6 +36,11 @@ def maximum(values: Tensor) -> Metric:
 def masked(column: Tensor, mask: Tensor) -> Tensor:
     """[T] -> [T], 0 where the mask is False whatever stood there (0 * inf would be NaN); differentiable."""
     return column.masked_fill(~mask, 0.0)
+
+
+def loss_column(batch: Batch, name: str, like: Tensor) -> Tensor:
+    """[T] a token column in the dtype of `like`, 0 off the loss mask."""
+    return masked(token_column(batch, name, like), batch["loss_mask"])
 
 
 def sequence_token_means(column: Tensor, batch: Batch) -> Tensor:

@@ -1,25 +1,28 @@
-"""Losses and ratios of policy-gradient training on sampled completions (GRPO and its relatives).
+"""GRPO's losses and their relatives: which ratio, which mask, which denominator.
 
 A loss is a sum already divided by the step's global counts: microbatches and ranks add up to the loss of the
-whole step, whatever sequences they hold. T tokens, S sequences of one packed microbatch.
+whole step, whatever sequences they hold. T tokens, S sequences of one packed microbatch. What one token adds
+is in surrogates.py.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megalign.algos import masked as reduce
+from megalign.algos.columns import sequence_column
+from megalign.algos.entropy import bonus_mask, entropy_bonus
+from megalign.algos.importance import off_policy_mask
 from megalign.algos.kl import k3
-from megalign.algos.masked import masked
+from megalign.algos.masked import loss_column, masked
+from megalign.algos.surrogates import cispo_loss, clipped_policy_loss, sapo_loss, vespo_weights
 from megalign.batch import Batch, Counts, Metric
 
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 Level = Literal["token", "sequence"]
-CorrectionMode = Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"]
 
 
 def log_importance_ratio(logprobs: Tensor, old_logprobs: Tensor, batch: Batch, *, level: Level) -> Tensor:
@@ -33,18 +36,6 @@ def log_importance_ratio(logprobs: Tensor, old_logprobs: Tensor, batch: Batch, *
     return batch.per_token(reduce.sequence_token_means(log_ratio, batch))
 
 
-def clipped_policy_loss(
-    ratio: Tensor,  # [T]
-    advantages: Tensor,  # [T]
-    *,
-    epsilon: float,
-    epsilon_high: float,
-) -> Tensor:
-    """[T] -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) (PPO, arXiv 1707.06347 eq. 7)."""
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    return -torch.min(ratio * advantages, clipped * advantages)
-
-
 def aggregated(
     token_losses: Tensor,  # [T]
     batch: Batch,
@@ -56,21 +47,52 @@ def aggregated(
     """This microbatch's share of the step's loss; a sequence without loss tokens still counts as a
     sequence.
 
-    grpo: mean over sequences of each one's token mean; bnpo: mean over the step's tokens; dr_grpo: sum over
-    (sequences * max_completion_length), arXiv 2503.20783; dapo: mean over the generation batch's tokens, a
-    step's share.
+    grpo, sapo: mean over sequences of each one's token mean; luspo: of each one's token sum (arXiv 2602.05261);
+    bnpo: mean over the step's tokens; dr_grpo: sum over (sequences * max_completion_length), arXiv 2503.20783;
+    dapo, cispo, vespo: mean over the generation batch's tokens, a step's share.
     """
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "sapo"):
         return reduce.sequence_token_means(token_losses, batch).sum() / max(counts.sequences, 1.0)
     denominators = {
+        "luspo": counts.sequences,
         "bnpo": counts.tokens,
         "dr_grpo": counts.sequences * max_completion_length,
-        "dapo": counts.generation_tokens,
+        **dict.fromkeys(("dapo", "cispo", "vespo"), counts.generation_tokens),
     }
     assert loss_type in denominators, f"loss_type={loss_type!r}"
     denominator = denominators[loss_type]
     assert denominator == denominator, f"{loss_type} needs counts.generation_tokens"
     return masked(token_losses, batch["loss_mask"]).sum() / max(denominator, 1.0)
+
+
+class _Step(NamedTuple):
+    """A microbatch as the losses see it; token columns are 0 off the loss mask."""
+
+    batch: Batch
+    counts: Counts
+    level: Level
+    logprobs: Tensor  # [T] with its graph
+    log_ratio: Tensor  # [T] of each token
+    ratio: Tensor  # [T] of each token, or of its sequence
+    advantages: Tensor  # [S]
+
+    @property
+    def token_advantages(self) -> Tensor:
+        return self.batch.per_token(self.advantages)
+
+
+def _step(outputs: dict[str, Tensor], batch: Batch, counts: Counts, level: Level) -> _Step:
+    logprobs = masked(outputs["logprobs"], batch["loss_mask"])
+    old_logprobs = loss_column(batch, "old_logprobs", logprobs) if "old_logprobs" in batch else logprobs.detach()
+    return _Step(
+        batch,
+        counts,
+        level,
+        logprobs,
+        log_importance_ratio(logprobs, old_logprobs, batch, level="token"),
+        log_importance_ratio(logprobs, old_logprobs, batch, level=level).exp(),
+        sequence_column(batch, "advantages", logprobs),
+    )
 
 
 def grpo_loss(
@@ -85,49 +107,107 @@ def grpo_loss(
     importance_sampling_level: Level,
     max_completion_length: int,
     use_bias_correction_kl: bool = True,
+    delta: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_k_pos: float = 2.0,
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,
+    vespo_lambda_neg: float = 2.0,
+    off_policy_mask_threshold: float | None = None,
+    top_entropy_quantile: float = 1.0,
+    entropy_coef: float | None = None,
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """This microbatch's share of the clipped policy loss + beta * KL, and its share of TRL's metrics.
+    """This microbatch's share of the policy loss + beta * KL - entropy_coef * entropy, and its share of TRL's
+    metrics.
 
-    `outputs`: "logprobs" [T] with its graph, "entropy" [T]. Columns: loss_mask [T], advantages [S];
-    optional are old_logprobs [T] (else the policy's own: the first update on fresh samples),
-    importance_weights [T] (see `rollout_importance_weights`); ref_logprobs [T] when beta != 0.
-    `use_bias_correction_kl` weights the KL by the importance ratio, its gradient included (DeepSeek-V3.2,
-    arXiv 2512.02556). A batch without sequences needs no columns but loss_mask and gives an exact 0 with a
-    graph.
+    `outputs`: "logprobs" [T] with its graph, "entropy" [T], with its graph if there is a coefficient. Columns:
+    loss_mask [T], advantages [S]; optional are old_logprobs [T] (else the policy's own: the first update on
+    fresh samples), importance_weights [T] (see importance.rollout_importance_weights); ref_logprobs [T] when
+    beta != 0; rollout_logprobs [T] with `off_policy_mask_threshold`; entropy_mask [T] (see entropy.py) and
+    counts["entropy_tokens"] when top_entropy_quantile < 1. `use_bias_correction_kl` weights the KL by the
+    importance ratio, its gradient included (DeepSeek-V3.2, arXiv 2512.02556). `entropy_coef` is this step's
+    number; None is no bonus, 0 a bonus at rest. A batch without sequences needs no columns but loss_mask and
+    gives an exact 0 with a graph.
     """
-    mask, logprobs = batch["loss_mask"], outputs["logprobs"]
     high = epsilon if epsilon_high is None else epsilon_high
-    old_logprobs = batch["old_logprobs"] if "old_logprobs" in batch else logprobs.detach()
-    ratio = log_importance_ratio(logprobs, old_logprobs, batch, level=importance_sampling_level).exp()
-    advantages = batch.per_token(_advantages(batch, logprobs))
+    step = _step(outputs, batch, counts, importance_sampling_level)
+    weights = loss_column(batch, "importance_weights", step.logprobs) if "importance_weights" in batch else None
+    if loss_type == "cispo":
+        losses, metrics = _cispo(step, epsilon_high=high)
+    elif loss_type == "sapo":
+        temperatures = {"temperature_pos": sapo_temperature_pos, "temperature_neg": sapo_temperature_neg}
+        losses, metrics = sapo_loss(step.ratio, step.token_advantages, **temperatures), {}
+    elif loss_type == "vespo":
+        shape = {"k_pos": vespo_k_pos, "lambda_pos": vespo_lambda_pos, "k_neg": vespo_k_neg}
+        losses, metrics = _vespo(step, weights, **shape, lambda_neg=vespo_lambda_neg)
+        weights = None  # they are in its phi
+    else:
+        losses, metrics = _clipped(step, epsilon=epsilon, epsilon_high=high, delta=delta)
 
-    losses = clipped_policy_loss(ratio, advantages, epsilon=epsilon, epsilon_high=high)
-    if "importance_weights" in batch:
-        losses = losses * batch["importance_weights"]
-
-    metrics = {"entropy": reduce.token_mean(outputs["entropy"], mask, counts.tokens)}
+    losses = losses * _kept(step, off_policy_mask_threshold, top_entropy_quantile)
+    if weights is not None:
+        losses = losses * weights
+    metrics["entropy"] = reduce.token_mean(outputs["entropy"], batch["loss_mask"], counts.tokens)
     if beta != 0.0:
-        kl = _reference_kl(logprobs, batch) * (ratio if use_bias_correction_kl else 1.0)
+        kl = k3(step.logprobs, loss_column(batch, "ref_logprobs", step.logprobs))
+        kl = kl * step.ratio if use_bias_correction_kl else kl
         losses = losses + beta * kl
-        metrics["kl"] = reduce.token_mean(kl, mask, counts.tokens)
-
-    low_clipped = (ratio < 1 - epsilon) & (advantages < 0)
-    high_clipped = (ratio > 1 + high) & (advantages > 0)
-    metrics |= clip_metrics(low_clipped, high_clipped, batch, counts, level=importance_sampling_level)
+        metrics["kl"] = reduce.token_mean(kl, batch["loss_mask"], counts.tokens)
     loss = aggregated(losses, batch, counts, loss_type=loss_type, max_completion_length=max_completion_length)
+    if entropy_coef is not None:
+        metrics["policy_loss"] = Metric(loss.detach())
+        how = {"top_entropy_quantile": top_entropy_quantile}
+        bonus, metrics["bonus_entropy"] = entropy_bonus(outputs["entropy"], batch, counts, **how)
+        loss = loss - entropy_coef * bonus
     return loss, metrics
 
 
-def _advantages(batch: Batch, like: Tensor) -> Tensor:
-    if batch.num_sequences == 0 and "advantages" not in batch:  # Batch.dummy
-        return like.new_zeros(0)
-    return batch["advantages"].to(like.dtype)
+def _clipped(
+    step: _Step, *, epsilon: float, epsilon_high: float, delta: float | None
+) -> tuple[Tensor, dict[str, Metric]]:
+    """[T] losses of grpo, bnpo, dr_grpo, dapo and luspo, and clip_ratio/*."""
+    clips = {"epsilon": epsilon, "epsilon_high": epsilon_high}
+    advantages = step.token_advantages
+    losses = clipped_policy_loss(step.ratio, advantages, **clips, delta=delta)
+    ratio = step.ratio if delta is None else step.ratio.clamp(max=delta)  # TRL looks at the bounded ratio
+    low = (ratio < 1 - epsilon) & (advantages < 0)
+    high = (ratio > 1 + epsilon_high) & (advantages > 0)
+    return losses, clip_metrics(low, high, step.batch, step.counts, level=step.level)
 
 
-def _reference_kl(logprobs: Tensor, batch: Batch) -> Tensor:
-    mask = batch["loss_mask"]
-    reference = batch["ref_logprobs"] if batch.num_sequences or "ref_logprobs" in batch else logprobs.detach()
-    return k3(masked(logprobs, mask), masked(reference, mask))
+def _cispo(step: _Step, *, epsilon_high: float) -> tuple[Tensor, dict[str, Metric]]:
+    """[T] losses, and cispo_clip_ratio."""
+    advantages = step.token_advantages
+    losses = cispo_loss(step.logprobs, step.ratio, advantages, epsilon_high=epsilon_high)
+    clipped = ((step.ratio > epsilon_high) & (advantages > 0)).float()
+    return losses, {"cispo_clip_ratio": level_mean(clipped, step.batch, step.counts, level=step.level)}
+
+
+def _vespo(step: _Step, weights: Tensor | None, **shape: float) -> tuple[Tensor, dict[str, Metric]]:
+    """[T] losses, and vespo/phi_seq_mean."""
+    phi = vespo_weights(step.log_ratio, step.advantages, step.batch, importance_weights=weights, **shape)
+    losses = -step.batch.per_token(phi * step.advantages) * step.logprobs
+    return losses, {"vespo/phi_seq_mean": reduce.sequence_mean(phi, step.counts.sequences)}
+
+
+def _kept(step: _Step, off_policy_mask_threshold: float | None, top_entropy_quantile: float) -> Tensor:
+    """[T] 1.0 for a token that the policy loss acts on; KL and denominators are of all loss tokens, as in TRL."""
+    kept = bonus_mask(step.batch, top_entropy_quantile=top_entropy_quantile).to(step.logprobs.dtype)
+    if off_policy_mask_threshold is not None:
+        near = off_policy_mask(step.logprobs, step.advantages, step.batch, threshold=off_policy_mask_threshold)
+        kept = kept * step.batch.per_token(near.to(kept.dtype))
+    return kept
+
+
+def level_mean(values: Tensor, batch: Batch, counts: Counts, *, level: Level) -> Metric:
+    """[T] -> share of the mean over loss tokens, or over sequences where the ratio is a sequence's; there a
+    sequence without loss tokens counts as 0.
+    """
+    if level == "token":
+        return reduce.token_mean(values, batch["loss_mask"], counts.tokens)
+    # Every token of a sequence carries the same value, so its mean is that value.
+    return reduce.sequence_mean(reduce.sequence_token_means(values, batch), counts.sequences)
 
 
 def clip_metrics(
@@ -143,97 +223,12 @@ def clip_metrics(
     low_min and high_max are over all sequences of the step that have loss tokens, so they do not depend on
     the layout (TRL takes them over the sequences of each microbatch, then averages over microbatches).
     """
-    mask = batch["loss_mask"]
-    has_tokens = batch.per_sequence_sum(mask.float()) > 0
-    metrics = {}
-    shares = {}
-    for name, clipped in (
-        ("low", low_clipped),
-        ("high", high_clipped),
-        ("region", low_clipped | high_clipped),
-    ):
-        values = clipped.float()
-        shares[name] = reduce.sequence_token_means(values, batch)
-        # At the sequence level every token of a sequence carries the same value, so its mean is that value.
-        mean = (
-            reduce.token_mean(values, mask, counts.tokens)
-            if level == "token"
-            else reduce.sequence_mean(shares[name], counts.sequences)
-        )
-        metrics[f"clip_ratio/{name}_mean"] = mean
-    metrics["clip_ratio/low_min"] = reduce.minimum(shares["low"][has_tokens])
-    metrics["clip_ratio/high_max"] = reduce.maximum(shares["high"][has_tokens])
-    return metrics
-
-
-def rollout_importance_weights(
-    batch: Batch,
-    *,
-    mode: CorrectionMode,
-    clip_max: float | None,
-    clip_min: float | None = None,
-) -> Tensor:
-    """[T] pi_old / pi_sampler of each loss token or, in the sequence modes, the product over its sequence's
-    tokens.
-
-    Columns: loss_mask, old_logprobs, rollout_logprobs [T]. `*_truncate` clamps the ratio to [clip_min,
-    clip_max], `*_mask` makes it 0 outside. A token whose sampler logprob is NaN (unknown) counts as ratio
-    1. Tokens that are not in the loss have weight 1 in the token modes, their sequence's in the sequence
-    modes, 0 on the dummy tail.
-    """
-    ratios = _ratios(batch, mode, clip_max=clip_max, clip_min=clip_min)
-    return batch.per_token(ratios) if mode.startswith("sequence") else ratios
-
-
-def _ratios(batch: Batch, mode: CorrectionMode, *, clip_max: float | None, clip_min: float | None) -> Tensor:
-    """[S] in the sequence modes, [T] in the token modes."""
-    assert mode in ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"), mode
-    log_ratio = masked(_sampler_difference(batch).nan_to_num(nan=0.0), batch["loss_mask"])
-    if mode.startswith("sequence"):
-        log_ratio = batch.per_sequence_sum(log_ratio)
-    ratio = log_ratio.exp()
-    low = -math.inf if clip_min is None else clip_min
-    high = math.inf if clip_max is None else clip_max
-    if mode.endswith("truncate"):
-        return ratio.clamp(low, high)
-    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
-
-
-def _sampler_difference(batch: Batch) -> Tensor:
-    if batch.num_sequences == 0:  # Batch.dummy has no columns
-        return torch.zeros(batch.num_tokens, device=batch.tokens.device)
-    return batch["old_logprobs"] - batch["rollout_logprobs"]
-
-
-def sampling_metrics(
-    batch: Batch,
-    counts: Counts,
-    *,
-    mode: CorrectionMode,
-    clip_max: float | None,
-    clip_min: float | None = None,
-    scored_tokens: float | None = None,
-) -> dict[str, Metric]:
-    """TRL's sampling/*: |old - sampler logprob| over loss tokens, and the corrected ratios.
-
-    `counts` are those of the whole generation batch; `scored_tokens` is the global count of loss tokens
-    with a sampler logprob, where some have none (NaN). Extremes are over the job, and neutral (+-inf) where
-    nothing counts.
-    """
-    mask = batch["loss_mask"]
-    difference = _sampler_difference(batch).abs()
-    scored = mask & ~difference.isnan()
-    num_scored = counts.tokens if scored_tokens is None else scored_tokens
-    ratios = _ratios(batch, mode, clip_max=clip_max, clip_min=clip_min)
-    if mode.startswith("sequence"):
-        mean = reduce.sequence_mean(ratios, counts.sequences)
-    else:
-        mean = reduce.token_mean(ratios, mask, counts.tokens)
-        ratios = ratios[mask]
-    return {
-        "sampling/sampling_logp_difference/mean": reduce.token_mean(difference, scored, num_scored),
-        "sampling/sampling_logp_difference/max": reduce.maximum(difference[scored]),
-        "sampling/importance_sampling_ratio/min": reduce.minimum(ratios),
-        "sampling/importance_sampling_ratio/mean": mean,
-        "sampling/importance_sampling_ratio/max": reduce.maximum(ratios),
+    low, high = low_clipped.float(), high_clipped.float()
+    has_tokens = batch.per_sequence_sum(batch["loss_mask"].float()) > 0
+    metrics = {
+        f"clip_ratio/{name}_mean": level_mean(values, batch, counts, level=level)
+        for name, values in (("low", low), ("high", high), ("region", torch.maximum(low, high)))
     }
+    metrics["clip_ratio/low_min"] = reduce.minimum(reduce.sequence_token_means(low, batch)[has_tokens])
+    metrics["clip_ratio/high_max"] = reduce.maximum(reduce.sequence_token_means(high, batch)[has_tokens])
+    return metrics

@@ -44,6 +44,41 @@ def test_advantages_and_metrics_are_trls(scale: str) -> None:
         assert metrics[name] == pytest.approx(value, rel=1e-6), name
 
 
+@pytest.mark.parametrize("num_generations", [4, 1])
+def test_gdpo_is_trls(num_generations: int) -> None:
+    rewards, weights = some_rewards()
+    ids = [[5, 6]] * len(rewards)
+    how = {
+        "num_generations": num_generations,
+        "scale_rewards": "group",
+        "multi_objective_aggregation": "normalize_then_sum",
+    }
+    output, expected = trl_scored_generation(rewards, weights, prompts=ids, completions=ids, **how)
+    ours = group_advantages(rewards, weights, **how)
+    assert (ours.abs().max() > 0.1) == (num_generations > 1)
+    torch.testing.assert_close(ours, output["advantages"], rtol=1e-6, atol=1e-6)
+    metrics = reward_metrics(rewards, weights, ["reward_0", "reward_1"], **how)
+    assert set(metrics) == set(expected)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_gdpo_by_hand() -> None:
+    # groups of two: a function's normalized rewards are +-1/2 over the std 1/sqrt(2), whatever its scale
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 100.0], [3.0, 7.0], [3.0, 7.0]])
+    how = {"num_generations": 2, "scale_rewards": "group", "multi_objective_aggregation": "normalize_then_sum"}
+    ours = group_advantages(rewards, torch.tensor([2.0, 1.0]), **how)
+    first = 0.5 / (math.sqrt(0.5) + 1e-4)
+    second = 50 / (math.sqrt(5000) + 1e-4)
+    total = 2 * first - second
+    std = math.sqrt(2 * total**2 / 3)
+    expected = torch.tensor([total, -total, 0.0, 0.0]) / (std + 1e-4)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    equal = group_advantages(torch.ones(4, 2), torch.ones(2), **how)
+    assert equal.tolist() == [0.0] * 4
+    assert reward_metrics(torch.ones(4, 2), torch.ones(2), ["f", "g"], **how)["frac_reward_zero_std"] == 1.0
+
+
 @pytest.mark.parametrize(("alias", "name"), [(True, "group"), (False, "none")])
 def test_scale_rewards_takes_trls_booleans(alias: bool, name: str) -> None:
     rewards, weights = some_rewards()
