@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from megalign.algos.unpaired import KTO_COUNTS, kto_loss
+from megalign.algos.unpaired import KTO_COUNTS, kto_loss, recommended_weights
 from megalign.batch import Batch
 from megalign.config import KTOConfig
 from megalign.data.collate import pack
@@ -28,6 +28,11 @@ class KTOTrainer(PreferenceTrainer):
     config_class = KTOConfig
     data_fields = (*DATA_FIELDS, "max_length")
     named_counts = KTO_COUNTS
+
+    def __init__(self, model: str | None = None, ref_model: str | None = None, args: Any = None, **given: Any) -> None:
+        super().__init__(model, ref_model, args, **given)
+        if self.train_rows is not None:
+            self._advise_weights(self.train_rows["desirable"])
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """Single answers, each with the mismatched one of its neighbour in the file."""
@@ -59,6 +64,17 @@ class KTOTrainer(PreferenceTrainer):
             desirable_weight=args.desirable_weight,
             undesirable_weight=args.undesirable_weight,
         )
+
+    def _advise_weights(self, desirable: Sequence[bool]) -> None:
+        good = sum(desirable)
+        weights = {name: getattr(self.args, name) for name in ("desirable_weight", "undesirable_weight")}
+        ranges = recommended_weights(good, len(desirable) - good, **weights)
+        if ranges is not None:
+            self.run.say(
+                f"of {len(desirable)} answers {good} are desirable, and the weights do not balance the two kinds: "
+                f"KTO's authors advise a desirable_weight from {ranges.desirable[0]} to {ranges.desirable[1]}, or an "
+                f"undesirable_weight from {ranges.undesirable[0]} to {ranges.undesirable[1]}"
+            )
 
     @property
     def _estimates_kl(self) -> bool:

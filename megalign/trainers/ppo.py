@@ -13,7 +13,7 @@ from torch import Tensor
 from megalign.algos.advantages import combined_rewards
 from megalign.algos.controllers import AdaptiveKLController, FixedKLController
 from megalign.algos.gae import gae, moments, whitened
-from megalign.algos.kl import k1, k3
+from megalign.algos.kl import KL_ESTIMATORS
 from megalign.algos.masked import sequence_token_means
 from megalign.algos.ppo import (
     objective_metrics,
@@ -32,9 +32,6 @@ from megalign.trainers import arguments
 from megalign.trainers.experience import Credited, Minibatch, total_counts, with_token_columns
 from megalign.trainers.online import ONLINE_REFUSED, OnlineTrainer
 from megalign.trainers.reference import Reference
-
-_KL = {"k1": k1, "k3": k3}
-
 
 class PPOTrainer(OnlineTrainer):
     """TRL 1.12's PPOTrainer, with reward_funcs: model, args, ref_model, reward_model, value_model, the datasets."""
@@ -130,7 +127,7 @@ class PPOTrainer(OnlineTrainer):
         minibatches = maker.with_token_column(minibatches, "values", self.critic, "values")
         minibatches = maker.with_sequence_column(minibatches, "scores", scores)
         batches = [batch for minibatch in minibatches for batch in minibatch.batches]
-        token_kl = [_on_loss_tokens(_KL[args.kl_estimator], batch) for batch in batches]
+        token_kl = [_on_loss_tokens(KL_ESTIMATORS[args.kl_estimator], batch) for batch in batches]
         rewarded = [self._token_rewards(kl, batch) for kl, batch in zip(token_kl, batches, strict=True)]
         if args.whiten_rewards:
             rewarded = self._whitened(rewarded, batches, shift_mean=False)
