@@ -33,6 +33,7 @@ from megalign.trainers.experience import Credited, Minibatch, total_counts, with
 from megalign.trainers.online import ONLINE_REFUSED, OnlineTrainer
 from megalign.trainers.reference import Reference
 
+
 class PPOTrainer(OnlineTrainer):
     """TRL 1.12's PPOTrainer, with reward_funcs: model, args, ref_model, reward_model, value_model, the datasets."""
 

@@ -1,0 +1,171 @@
+"""PPOTrainer's four engines: who is awake when, where the critic comes from and goes to, and what a resume keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from megalign.config import PPOConfig
+from megalign.errors import UserError
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny_classifier
+from tests.trainers.grpo_runs import closeness, prompt_rows, save_model_with_tokenizer, watch
+from tests.trainers.layout_runs import made
+from tests.trainers.runs import StopAt, digest, metric_lines
+
+ROWS = prompt_rows(8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model_with_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def judge(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("judge")
+    save_tiny_classifier("llama", path, seed=4, head_dim=32)
+    for file in Path(model).glob("tokenizer*"):
+        (path / file.name).write_bytes(file.read_bytes())
+    return str(path)
+
+
+def train(model: str, fields: dict[str, Any], given: dict[str, Any] | None = None) -> dict[str, Any]:
+    given = dict(given or {})
+    resume = given.pop("resume", None)
+    fields = {
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "num_ppo_epochs": 2,
+        **fields,
+    }
+    given.setdefault("reward_funcs", [closeness])
+    trainer = made("PPO", model, PPOConfig(**fields), {"train_dataset": ROWS, **given})
+    before = trainer.critic.kept_as_it_was
+    with before():
+        start = {name: tensor.clone() for name, tensor in trainer.critic.gathered()}
+    log = watch_critic(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "digests": (digest(fields["output_dir"]), digest(f"{fields['output_dir']}/critic")),
+        "critic_at_start": start,
+        "log": log,
+        "coefficient": trainer.kl.coefficient,
+    }
+
+
+def watch_critic(trainer: Any) -> list[str]:
+    log = watch(trainer)
+    for method in ("forward", "train_step", "sleep", "wake"):
+        original = getattr(trainer.critic, method)
+
+        def call(*args: Any, _original: Any = original, _name: str = f"critic {method}", **kwargs: Any) -> Any:
+            log.append(_name)
+            return _original(*args, **kwargs)
+
+        setattr(trainer.critic, method, call)
+    return log
+
+
+def test_each_engine_is_awake_only_for_its_own_pass(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "vllm_enable_sleep_mode": True}
+    (result,) = run_ranks(1, train, model, fields)
+    calls = [call for call in result["log"] if "wakes" not in call and "sleeps" not in call]
+    assert calls[: calls.index("policy train_step") + 1] == [
+        "policy wake", "sync", "policy sleep", "generate",
+        "reference forward",
+        "policy wake", "policy forward", "policy sleep",
+        "critic wake", "critic forward", "critic sleep",
+        "critic wake", "critic train_step", "critic train_step", "critic sleep",
+        "policy wake", "policy train_step",
+    ]  # fmt: skip
+
+
+def test_the_critic_begins_as_the_reward_model_and_is_saved_beside_the_policy(
+    model: str, judge: str, tmp_path: Path
+) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "reward_model_path": judge}
+    (result,) = run_ranks(1, train, model, fields, {"reward_funcs": None})
+    begun = AutoModelForSequenceClassification.from_pretrained(judge).state_dict()
+    assert all(torch.equal(tensor, begun[name]) for name, tensor in result["critic_at_start"].items())
+    saved, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and saved.config.num_labels == 1
+    assert not torch.equal(saved.score.weight, begun["score.weight"])
+    assert (tmp_path / "critic" / "tokenizer.json").exists()
+
+
+def test_in_the_warm_up_the_critic_learns_alone(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 3, "critic_warmup_steps": 2, "critic_learning_rate": 0.02,
+              "lr_scheduler_type": "constant"}  # fmt: skip
+    (result,) = run_ranks(1, train, model, fields)
+    assert [call for call in result["log"] if call.endswith("train_step")] == ["critic train_step"] * 4 + [
+        "policy train_step"
+    ]
+    lines = metric_lines(tmp_path)
+    assert ["loss/policy_avg" in line for line in lines] == [False, False, True]
+    assert [line["learning_rate"] for line in lines] == [0.02, 0.02, 0.01]
+    assert [line["critic_learning_rate"] for line in lines] == [0.02] * 3
+    assert lines[0]["loss"] == pytest.approx(0.1 * lines[0]["loss/value_avg"])
+
+
+def test_an_adaptive_coefficient_moves_with_the_measured_kl(model: str, judge: str, tmp_path: Path) -> None:
+    adaptive = {"kl_coef": 0.2, "kl_target": 1e-3, "kl_horizon": 40, "max_steps": 4, "num_ppo_epochs": 1}
+    (result,) = run_ranks(1, train, model, {"output_dir": str(tmp_path), **adaptive})
+    lines = metric_lines(tmp_path)
+    expected = 0.2
+    for line in lines:
+        assert line["kl_coef"] == pytest.approx(expected)
+        # arXiv 1909.08593 sec. 2.2, 8 completions a round
+        expected *= 1 + max(-0.2, min(0.2, line["objective/kl"] / 1e-3 - 1)) * 8 / 40
+    assert result["coefficient"] == pytest.approx(expected)
+    assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl_coef"] != lines[0]["kl_coef"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world: int, model: str, tmp_path: Path) -> None:
+    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "kl_target": 0.5, "kl_coef": 0.1}
+    common |= {"pipeline_model_parallel_size": world, "logging_steps": 2}  # both end within a round of two steps
+    whole, parts = ({"output_dir": str(tmp_path / name), **common} for name in ("whole", "parts"))
+    expected = run_ranks(world, train, model, whole)[0]
+    run_ranks(world, train, model, parts, {"callbacks": [StopAt(3)]})
+    found = run_ranks(world, train, model, parts, {"resume": "latest"})[0]
+    assert found["digests"] == expected["digests"]
+    assert found["coefficient"] == expected["coefficient"]
+    lines, wanted = ([_without_times(line) for line in metric_lines(tmp_path / name)] for name in ("parts", "whole"))
+    assert lines == wanted
+
+
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if not key.endswith(("time", "_s"))}
+
+
+def refused(model: str, fields: dict[str, Any], given: dict[str, Any]) -> str:
+    try:
+        train(model, fields, given)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def nothing(completions: list[str], **kwargs: Any) -> list[float | None]:
+    return [None] * len(completions)
+
+
+def test_a_completion_without_a_score_is_named(model: str, tmp_path: Path) -> None:
+    (error,) = run_ranks(1, refused, model, {"output_dir": str(tmp_path), "max_steps": 1}, {"reward_funcs": [nothing]})
+    assert "no reward function scored completion 0" in error
+
+
+def test_episodes_say_how_long_a_run_is(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "total_episodes": 17, "num_ppo_epochs": 1}  # 8 a round: 3 rounds
+    run_ranks(1, train, model, fields)
+    assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2, 3]
