@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megalign import launch
+from megalign import failure, launch
 from megalign.config import (
     DPOConfig,
     GRPOConfig,
@@ -83,16 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        launch.report_error(str(error))
+        failure.report_error(str(error))
     except RuntimeError:
         # A peer that left takes its connections with it; what gloo or NCCL say then is not news.
-        if not launch.another_rank_reported():
+        if not failure.another_rank_reported():
             raise
     else:
         return 0
-    if launch.default_store() is not None:
-        launch.end_at_once(launch.EXIT_USER_ERROR)
-    return launch.EXIT_USER_ERROR
+    if failure.default_store() is not None:
+        failure.end_at_once(failure.EXIT_USER_ERROR)
+    return failure.EXIT_USER_ERROR
 
 
 def _run(argv: list[str]) -> None:
@@ -145,7 +145,7 @@ def _model(args: LoopConfig) -> str | None:
 
 def _datasets(args: LoopConfig) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """The training rows, and the evaluation rows where they are asked for."""
-    from megalign.data.datasets import load_split
+    from megalign.data.reading import load_split
 
     train_dataset = load_split(args, args.dataset_train_split)
     return train_dataset, load_split(args, args.dataset_test_split) if args.evaluates else None

@@ -22,7 +22,7 @@ from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.data.chat import load_tokenizer
-from megalign.data.datasets import once_per_job
+from megalign.data.reading import once_per_job
 from megalign.errors import UserError
 from megalign.model.architecture import check_layout
 from megalign.parallel.control import barrier

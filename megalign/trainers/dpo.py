@@ -13,8 +13,7 @@ from torch import Tensor
 from megalign.algos.preference import DPO_COUNTS, aot_targets, dpo_loss, sequence_logprobs
 from megalign.batch import Batch
 from megalign.config import DPOConfig
-from megalign.data.datasets import prepare_pairs
-from megalign.data.preference import sequences_of_pair
+from megalign.data.preference import prepare_pairs, sequences_of_pair
 from megalign.parallel.reduce import gather_over
 from megalign.trainers.base import DATA_FIELDS
 from megalign.trainers.offline import Sequences

@@ -12,9 +12,8 @@ from megalign.algos.unpaired import KTO_COUNTS, kto_loss, recommended_weights
 from megalign.batch import Batch
 from megalign.config import KTOConfig
 from megalign.data.collate import pack
-from megalign.data.datasets import prepare_unpaired
 from megalign.data.sampler import shard
-from megalign.data.unpaired import kl_sequence, sequence_of_unpaired
+from megalign.data.unpaired import kl_sequence, prepare_unpaired, sequence_of_unpaired
 from megalign.parallel.reduce import gather_over
 from megalign.trainers.base import DATA_FIELDS
 from megalign.trainers.offline import Sequences

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from megalign.batch import Completion
-from megalign.data.datasets import prepare_prompts
+from megalign.data.prompts import prepare_prompts
 from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
 from megalign.resharding.sync import sync_weights

@@ -9,8 +9,7 @@ from datasets import Dataset
 
 from megalign.algos.odds_ratio import ORPO_COUNTS, orpo_loss
 from megalign.config import ORPOConfig
-from megalign.data.datasets import prepare_orpo_pairs
-from megalign.data.preference import sequences_of_orpo_pair
+from megalign.data.preference import prepare_orpo_pairs, sequences_of_orpo_pair
 from megalign.train_engine import TrainEngine
 from megalign.trainers.base import DATA_FIELDS
 from megalign.trainers.offline import OfflineTrainer, Sequences

@@ -9,8 +9,7 @@ from datasets import Dataset
 
 from megalign.algos.reward import reward_loss
 from megalign.config import RewardConfig
-from megalign.data.datasets import prepare_reward_pairs
-from megalign.data.preference import sequences_of_reward_pair
+from megalign.data.preference import prepare_reward_pairs, sequences_of_reward_pair
 from megalign.train_engine import TrainEngine
 from megalign.trainers.base import DATA_FIELDS
 from megalign.trainers.offline import OfflineTrainer, Sequences

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from megalign.algos.supervised import sft_loss
 from megalign.config import SFTConfig
-from megalign.data.datasets import prepare_sft
 from megalign.data.packing import sequences_of
+from megalign.data.supervised import prepare_sft
 from megalign.trainers.base import DATA_FIELDS
 from megalign.trainers.offline import OfflineTrainer, Sequences
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from megalign.config import GRPOConfig
-from megalign.data.datasets import prepare_prompts
+from megalign.data.prompts import prepare_prompts
 from megalign.errors import UserError
 from tests.data.tokenizers_made_here import TEMPLATES, make_tokenizer, unmarked
 

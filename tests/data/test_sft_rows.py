@@ -10,8 +10,8 @@ from datasets import Dataset
 from trl.trainer.sft_trainer import SFTTrainer
 
 from megalign.config import SFTConfig
-from megalign.data.datasets import prepare_sft
 from megalign.data.packing import sequences_of
+from megalign.data.supervised import prepare_sft
 from megalign.errors import UserError
 from tests.data.tokenizers_made_here import TEMPLATES, make_tokenizer, marked, unmarked
 

@@ -1,4 +1,4 @@
-"""Rows of every format that the trainers take, as tokens and loss masks."""
+"""Rows of every format that SFT takes, as tokens and loss masks."""
 
 from __future__ import annotations
 
@@ -12,25 +12,8 @@ from transformers.utils import logging
 from megalign.data.chat import as_messages, assistant_tokens, chat_ids, is_conversation
 from megalign.data.completions import Completed, completion_start, ended, template_options
 from megalign.data.packing import pack_dataset
-from megalign.data.preference import prepare_orpo_pairs, prepare_pairs, prepare_reward_pairs
-from megalign.data.prompts import prepare_prompts
-from megalign.data.reading import load_rows, load_split, once_per_job, take_rows
 from megalign.data.rows import Row, check_tokens, naming_row, needed
-from megalign.data.unpaired import prepare_unpaired
 from megalign.errors import UserError
-
-__all__ = [
-    "load_rows",
-    "load_split",
-    "once_per_job",
-    "prepare_orpo_pairs",
-    "prepare_pairs",
-    "prepare_prompts",
-    "prepare_reward_pairs",
-    "prepare_sft",
-    "prepare_unpaired",
-    "take_rows",
-]
 
 logger = logging.get_logger(__name__)
 
