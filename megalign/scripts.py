@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megalign import launch
+from megalign import failure
 from megalign.config.base import Config, config
 from megalign.config.help import SYNTAX, field_lines
 from megalign.config.refused import Refusal
@@ -149,7 +149,7 @@ class TrlParser:
 
         Without `fail_with_unknown_args` unknown names of the file are left out; unknown words are an error.
         """
-        launch.report_uncaught()  # a mistake ends the script with one line, as on the command line
+        failure.report_uncaught()  # a mistake ends the script with one line, as on the command line
         given = list(sys.argv[1:] if args is None else args)
         if "-h" in given or "--help" in given:
             print(self.format_help())

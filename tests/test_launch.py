@@ -1,12 +1,9 @@
-"""Slurm's variables as torchrun's, and the one error line of a job."""
+"""Slurm's variables as torchrun's."""
 
 from __future__ import annotations
 
 import os
-import socket
 import stat
-import subprocess
-import sys
 
 import pytest
 
@@ -111,68 +108,3 @@ def test_a_rank_without_a_local_rank_gets_one(given, local_rank):
 def test_half_a_torchrun_environment_is_refused():
     with pytest.raises(UserError, match="WORLD_SIZE=None"):
         prepare_environment({"RANK": "0"})
-
-
-REPORT = "import sys; from megalign.launch import report_error; report_error('wrong\\n  twice'); sys.exit(2)"
-
-
-def test_ranks_of_one_launcher_report_once(tmp_path):
-    environ = dict(os.environ, WORLD_SIZE="4", TMPDIR=str(tmp_path))
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", REPORT], env=dict(environ, RANK=str(rank)), stderr=subprocess.PIPE)
-        for rank in (3, 2, 1, 0)
-    ]
-    lines = [rank.communicate(timeout=60)[1].decode() for rank in ranks]
-    assert sorted(lines) == ["", "", "", "megalign: error: wrong twice\n"]
-
-
-DISTRIBUTED = """
-import os, sys, torch.distributed as dist
-from megalign import cli
-from megalign.errors import UserError
-dist.init_process_group("gloo")
-def fail(argv):
-    if dist.get_rank() == 1:
-        raise UserError("row 3 has no column prompt; add it")
-    dist.barrier()
-cli._run = fail
-sys.exit(cli.main([]))
-"""
-
-
-def test_one_ranks_error_ends_the_job_with_one_line(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(DISTRIBUTED)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "3",
-        "--standalone",
-        str(script),
-    ]
-    environ = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
-    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
-    assert ran.returncode != 0
-    lines = [line for line in ran.stderr.splitlines() if line.startswith("megalign: error:")]
-    assert lines == ["megalign: error: row 3 has no column prompt; add it"]
-    assert 'job.py", line' not in ran.stderr and "cli.py" not in ran.stderr
-
-
-def test_two_agents_report_a_wrong_flag_once():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        command += ["--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}"]
-    environ = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())
-    words = ["-m", "megalign", "sft", "--learning_rte", "1"]
-    agents = [
-        subprocess.Popen([*command, f"--node_rank={node}", *words], env=environ, stderr=subprocess.PIPE, text=True)
-        for node in (0, 1)
-    ]
-    said = "".join(agent.communicate(timeout=120)[1] for agent in agents)
-    assert [line for line in said.splitlines() if line.startswith("megalign: error:")] == [
-        "megalign: error: learning_rte is not a field of SFTConfig; did you mean learning_rate?"
-    ]
-    assert all(agent.returncode != 0 for agent in agents)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from megalign import launch
+from megalign import failure
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
@@ -72,7 +72,7 @@ class Trainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         **refused: Any,
     ) -> None:
-        launch.report_uncaught()
+        failure.report_uncaught()
         arguments.refuse_arguments(type(self), self.refused_arguments, refused)
         self.model_path = arguments.model_directory(model, args)
         if args is None:

@@ -5,25 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 
 from megalign.algos.advantages import combined_rewards
-from megalign.batch import Completion
 from megalign.data.sampler import EpochSampler
 from megalign.rollout.rewards import RewardResult
+from megalign.trainers.sampling import Sampled
 
-Draw = Callable[[list[dict[str, Any]], int], "Sampled"]  # prompts, number of the drawing in its round
-
-
-class Sampled(NamedTuple):
-    """Completions of whole groups and what they are worth."""
-
-    completions: list[Completion]
-    scored: RewardResult
+Draw = Callable[[list[dict[str, Any]], int], Sampled]  # prompts, number of the drawing in its round
 
 
 class Refill:

@@ -55,15 +55,6 @@ class Credited:
     metrics: dict[str, float]
 
 
-def completion_seeds(seed: int, stream: str, step: int, part: int = 0, *, count: int) -> list[int]:
-    """A seed for each completion, from its place in the run alone: neither layout nor a resume changes it.
-
-    `part` is above 0 for what a round samples again (dynamic sampling).
-    """
-    entropy = (seed, {"train": 0, "eval": 1}[stream], step, *([part] if part else []))
-    return [int(word) for word in np.random.SeedSequence(entropy).generate_state(count)]
-
-
 def split_completions(num_completions: int, num_updates: int, *, seed: int, step: int) -> list[list[int]]:
     """Indices of the completions of each optimizer step; shuffled only if there is more than one step."""
     order = list(range(num_completions))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,31 +10,27 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from megalign.batch import Completion
 from megalign.data.prompts import prepare_prompts
 from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
-from megalign.resharding.sync import sync_weights
-from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
-from megalign.rollout.redistribute import redistribute
+from megalign.rollout.engine import RolloutEngine, awake
 from megalign.rollout.reward_functions import get_soft_overlong_punishment
-from megalign.rollout.rewards import RewardResult
 from megalign.rollout.vllm_engine import VllmEngine
 from megalign.train_engine import StepResult
 from megalign.trainers.arguments import has_tokenizer
 from megalign.trainers.base import DATA_FIELDS, Trainer
-from megalign.trainers.dynamic_sampling import Refill, Sampled
+from megalign.trainers.dynamic_sampling import Refill
 from megalign.trainers.experience import (
     Credited,
     ExperienceMaker,
     Minibatch,
     completion_metrics,
-    completion_seeds,
     step_counts,
 )
 from megalign.trainers.reference import Reference
 from megalign.trainers.reporting import print_completions, unique_prompts, write_completions
 from megalign.trainers.rewarding import Rewarding
+from megalign.trainers.sampling import Place, Sampled, Sampling
 
 ONLINE_REFUSED = {
     "tools": "tool calls are not built yet; completions are one turn",
@@ -71,7 +65,16 @@ class OnlineTrainer(Trainer):
         self.load_engines()
         self.rollout: RolloutEngine = VllmEngine(self.model_path, args, self.groups)
         self.rollout.sleep()
-        self.generation = generation_params(args, self.stop_token_id)
+        self.sampling = Sampling(
+            args,
+            self.groups,
+            self.run,
+            policy=self.policy,
+            rollout=self.rollout,
+            rewards=self.rewards,
+            tokenizer=self.processing_class,
+            stop_token_id=self.stop_token_id,
+        )
         self.experience = ExperienceMaker(
             args,
             self.groups,
@@ -81,7 +84,6 @@ class OnlineTrainer(Trainer):
             corrects_sampler=self.corrects_sampler,
         )
         self.schedule = []
-        self._synced = False  # whether the rollout engine holds the policy's present weights
         self._table: dict[str, list[Any]] = {}
 
     def load_engines(self) -> None:
@@ -138,9 +140,9 @@ class OnlineTrainer(Trainer):
             while self.schedule:
                 minibatch = self.with_step_columns(self.schedule.pop(0))
                 self.run.window.add(minibatch.metrics)
-                with self._timed("update_s"):
+                with self.run.timed("update_s"):
                     result = self.take_step(minibatch)
-                self._synced = False
+                self.sampling.policy_changed()
                 yield result
 
     def take_step(self, minibatch: Minibatch) -> StepResult:
@@ -159,45 +161,14 @@ class OnlineTrainer(Trainer):
             self.schedule = []  # of a round that a callback cut short
         for number, prompts in self._rounds(epoch, first):
             if not self.schedule:  # else a checkpoint was taken in the middle of this round
-                self._sync_weights("train")
                 self.schedule = self.before_steps(self._learnable(self._sample(prompts, number), number))
             yield from self.learn()
-
-    def _sync_weights(self, stream: str) -> None:
-        if self._synced and not self.args.engines_sleep:
-            return  # an evaluation has just done it
-        with self._timed("weight_sync_s", stream), awake(self.policy), awake(self.rollout, "weights"):
-            sync_weights(self.policy, self.rollout)
-        self._synced = True
-
-    def _generate(
-        self, prompts: Sequence[dict[str, Any]], num_generations: int, stream: str, number: tuple[int, int]
-    ) -> list[Completion]:
-        """All completions of the job on every rank: `num_generations` neighbours for each prompt."""
-        rows = [prompt for prompt in prompts for _ in range(num_generations)]
-        seeds = completion_seeds(self.args.seed, stream, *number, count=len(rows))
-        ids = [row["prompt_ids"] for row in rows]
-        with self._timed("generation_s", stream), awake(self.rollout):
-            completions = self.rollout.generate(ids, self.generation, seeds, self.state.global_step)
-            completions = redistribute(completions, self.rollout, self.groups)
-        for completion, row in zip(completions, rows, strict=True):
-            completion.row = {name: value for name, value in row.items() if name != "prompt_ids"}
-        return completions
-
-    def _score(self, completions: list[Completion], num_generations: int, stream: str) -> RewardResult:
-        prompts = [completion.row["prompt"] for completion in completions]
-        # Reward functions are called by the data-parallel leaders alone, reward models by every rank.
-        reads = self.groups.is_dp_leader or self.rewards.models
-        texts = self._texts(completions) if reads else [""] * len(completions)
-        with self._timed("reward_s", stream):
-            return self.rewards(completions, prompts, texts, group_size=num_generations, trainer_state=self.state)
 
     def _sample(self, prompts: list[dict[str, Any]], number: int) -> Sampled:
         """The round's completions and what they are worth; with dynamic_sampling, of groups that teach something."""
 
         def draw(some: list[dict[str, Any]], part: int) -> Sampled:
-            completions = self._generate(some, self.args.num_generations, "train", (number, part))
-            return Sampled(completions, self._score(completions, self.args.num_generations, "train"))
+            return self.sampling(some, self.args.num_generations, Place("train", number, part))
 
         first = draw(prompts, 0)
         if self.refill is None:
@@ -226,7 +197,7 @@ class OnlineTrainer(Trainer):
         if self.args.log_completions and self.state.is_world_process_zero:
             self._table = {
                 "prompt": [completion.row["prompt"] for completion in completions],
-                "completion": self._texts(completions),
+                "completion": self.sampling.texts(completions),
                 **dict(zip(self.rewards.names, scored.rewards.T.tolist(), strict=True)),
                 **scored.extra,
                 "advantage": advantages.tolist(),
@@ -237,9 +208,7 @@ class OnlineTrainer(Trainer):
     def evaluation(self, rows: Dataset) -> dict[str, float]:
         """Each prompt once, `num_generations_eval` completions each; the policy's loss on them as well."""
         group = self.args.eval_generations
-        self._sync_weights("eval")
-        completions = self._generate(list(rows), group, "eval", (0, 0))
-        scored = self._score(completions, group, "eval")
+        completions, scored = self.sampling(list(rows), group, Place("eval"))
         everything = range(len(completions))
         micro_batch = self.args.per_device_eval_batch_size
         whole = Minibatch(
@@ -300,7 +269,7 @@ class OnlineTrainer(Trainer):
 
     def restore_loop_state(self, state: dict[str, Any]) -> None:
         """Goes on in the middle of a round."""
-        self._synced = False
+        self.sampling.policy_changed()
         self.schedule = [Minibatch.from_state(minibatch) for minibatch in state["schedule"]]
         if self.refill is not None:
             self.refill.load_state_dict(state["refill"])
@@ -348,30 +317,3 @@ class OnlineTrainer(Trainer):
             weights.append(self.args.overlong_penalty)
             tokenizers = None if tokenizers is None else [*tokenizers, None]
         return Rewarding(chosen, self.args, self.groups, tokenizers), torch.tensor(weights)
-
-    def _texts(self, completions: Sequence[Completion]) -> list[str]:
-        return self.processing_class.batch_decode(
-            [completion.completion_ids for completion in completions], skip_special_tokens=True
-        )
-
-    @contextmanager
-    def _timed(self, name: str, stream: str = "train") -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if stream == "train":
-            self.run.window.add({f"perf/{name}": time.perf_counter() - started})
-
-
-def generation_params(args: Any, stop: int | None) -> GenerationParams:
-    """How completions are sampled, from the config; `stop` is the token that ends one."""
-    return GenerationParams(
-        max_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        structured_outputs_regex=args.vllm_structured_outputs_regex,
-        stop_token_ids=() if stop is None else (stop,),
-        extra=args.generation_kwargs or {},
-    )

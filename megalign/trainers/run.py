@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
@@ -119,6 +121,14 @@ class Run:
         """Tokens of the whole job, prompts included, into `num_tokens`."""
         self.state.num_input_tokens_seen += count
         self.window.set(num_tokens=self.state.num_input_tokens_seen)
+
+    @contextmanager
+    def timed(self, name: str, *, noted: bool = True) -> Iterator[None]:
+        """The seconds of the block, as perf/<name>."""
+        started = time.perf_counter()
+        yield
+        if noted:
+            self.window.add({f"perf/{name}": time.perf_counter() - started})
 
     def log_training(self) -> bool:
         """The window as a line, if the callbacks want one and there was a step since the last; whether it was."""

@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from megalign.batch import Completion
 from megalign.rollout.rewards import RewardResult
-from megalign.trainers.dynamic_sampling import Refill, Sampled
+from megalign.trainers.dynamic_sampling import Refill
+from megalign.trainers.sampling import Sampled
 from tests.ranks import run_ranks
 from tests.trainers.grpo_runs import prompt_rows, save_model_with_tokenizer, train_grpo
 from tests.trainers.runs import StopAt, metric_lines

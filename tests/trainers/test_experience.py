@@ -14,7 +14,6 @@ from megalign.trainers.experience import (
     ExperienceMaker,
     Minibatch,
     completion_metrics,
-    completion_seeds,
     split_completions,
     step_counts,
 )
@@ -93,14 +92,6 @@ def test_one_step_keeps_the_order_and_more_are_drawn_from_the_whole_round() -> N
     assert parts[0] != list(range(16))
     assert parts == split_completions(64, 4, seed=0, step=0)
     assert parts != split_completions(64, 4, seed=0, step=1)
-
-
-def test_seeds_are_a_function_of_the_place_in_the_run() -> None:
-    seeds = completion_seeds(42, "train", 7, count=16)
-    assert len(set(seeds)) == 16 and min(seeds) >= 0
-    assert completion_seeds(42, "train", 7, count=8) == seeds[:8]
-    others = [(43, "train", 7), (42, "eval", 7), (42, "train", 8), (42, "train", 7, 1)]
-    assert all(set(completion_seeds(*other, count=16)).isdisjoint(seeds) for other in others)
 
 
 def test_a_minibatch_comes_back_from_a_checkpoint_as_it_was(tmp_path: Any) -> None:

@@ -40,7 +40,8 @@ def train(paths: tuple[str, str], fields: dict[str, Any], given: dict[str, Any] 
         original = trainer.reference.engine.forward
         trainer.reference.engine.forward = lambda *a, **k: forwards.append(1) or original(*a, **k)
     trainer.train(resume_from_checkpoint=resume)
-    return {"digest": digest(fields["output_dir"]), "forwards": len(forwards), "engine": type(trainer.reference._engine).__name__}
+    engine = type(trainer.reference._engine).__name__
+    return {"digest": digest(fields["output_dir"]), "forwards": len(forwards), "engine": engine}
 
 
 def losses(directory: Path) -> list[float]:

@@ -1,0 +1,146 @@
+"""The job's one error line and its exit status: who prints it, and how the other ranks leave. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import glob
+import os
+import signal
+import sys
+import tempfile
+from types import TracebackType
+from typing import NoReturn
+
+from megalign.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def report_error(message: str) -> None:
+    """Prints `megalign: error: message` on one line, once in the whole job, whichever ranks meet the error."""
+    # A rank that leaves first makes torchrun end this one, perhaps between its claim and its line.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _claim_error():
+        line = " ".join(message.split())
+        # Once the job runs, the cursor may stand behind a progress bar, of this rank or of another.
+        start = "" if default_store() is None else "\n"
+        print(f"{start}megalign: error: {line}", file=sys.stderr, flush=True)
+
+
+@functools.cache  # each trainer of a script asks for it, and hooks nest
+def report_uncaught() -> None:
+    """Makes a UserError that a script does not catch end it as it ends the command line: one line, status 2."""
+    previous = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if hasattr(sys, "ps1"):  # a prompt goes on after an error
+            previous(kind, error, trace)
+        elif isinstance(error, UserError):
+            # torch.distributed's own hook, which calls this one, would keep the line for later.
+            sys.stderr = sys.__stderr__
+            report_error(str(error))
+            end_at_once(EXIT_USER_ERROR)
+        elif isinstance(error, RuntimeError) and another_rank_reported():
+            end_at_once(EXIT_USER_ERROR)
+        else:
+            previous(kind, error, trace)
+
+    sys.excepthook = report
+
+
+def end_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for threads: those of NCCL or vLLM could hold it for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def another_rank_reported() -> bool:
+    """Whether a failed collective is only the echo of an error that another rank has reported."""
+    store = default_store()
+    if store is None:
+        return False
+    try:
+        return store.check(["megalign/error"])
+    except RuntimeError:
+        # The store's host has left; what made it leave is its own to report.
+        return True
+
+
+def _claim_error() -> bool:
+    """Whether this rank is the first to report. All ranks meet a wrong flag, only one a wrong row."""
+    store = default_store()
+    if store is not None:
+        try:
+            return store.add("megalign/error", 1) == 1
+        except RuntimeError:
+            # The store's host has left; what made it leave is its own to report.
+            return False
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    # Not by rank: torchrun ends the others as soon as one has left, rank 0 perhaps before it has spoken.
+    if not _first_on_this_node():
+        return False
+    return _first_node_by_agent() if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else True
+
+
+def default_store():  # noqa: ANN202  (torch.distributed.Store, of a module that may not be imported)
+    """torch.distributed's key-value store when the process group is up; never imports torch."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
+
+
+def _first_on_this_node() -> bool:
+    """The ranks of a node share the launcher as their parent: a file named after it lists those that came.
+
+    A rank that finds itself there belongs to the next job of the same launcher (a shell, or a restart).
+    """
+    parent, rank = os.getppid(), os.environ.get("RANK", "0")
+    started = _start_of(parent)
+    stem = os.path.join(tempfile.gettempdir(), f"megalign-{os.getuid()}-")
+    if started is not None:
+        _remove_left_behind(stem)
+    with open(f"{stem}{parent}-{started or 0}.error", "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        came = file.read().split()
+        is_first = not came or rank in came
+        if is_first:
+            file.truncate(0)
+        file.write(f"{rank}\n")
+    return is_first
+
+
+def _start_of(process: int | str) -> str | None:
+    """When the process started, in clock ticks since the machine did; None where there is no such process."""
+    try:
+        with open(f"/proc/{process}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _remove_left_behind(stem: str) -> None:
+    """The files of launchers that are gone: no rank of a job can know that it is the last to need its own."""
+    for path in glob.glob(f"{glob.escape(stem)}*.error"):
+        process, _, started = path.removeprefix(stem).removesuffix(".error").partition("-")
+        if _start_of(process) != started:
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.unlink(path)
+
+
+def _first_node_by_agent() -> bool:
+    """With several torchrun agents: asks the store that they share."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return os.environ.get("GROUP_RANK", "0") == "0"
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+    return store.add(f"megalign/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1

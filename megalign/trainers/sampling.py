@@ -1,0 +1,121 @@
+"""Sampling: the policy's weights into the rollout engine, completions to every rank, and what they are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megalign.batch import Completion
+from megalign.parallel.groups import ParallelGroups
+from megalign.resharding.sync import sync_weights
+from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
+from megalign.rollout.redistribute import redistribute
+from megalign.rollout.rewards import RewardResult
+from megalign.train_engine import TrainEngine
+from megalign.trainers.rewarding import Rewarding
+from megalign.trainers.run import Run
+
+
+class Sampled(NamedTuple):
+    """Completions of whole groups and what they are worth."""
+
+    completions: list[Completion]
+    scored: RewardResult
+
+
+class Place(NamedTuple):
+    """Where in the run something is sampled: its seeds follow from it alone."""
+
+    stream: str  # train or eval
+    round: int = 0
+    part: int = 0  # above 0 for what a round samples again (dynamic sampling)
+
+
+class Sampling:
+    """What the policy answers, and the rewards; every method is collective, every rank gets everything."""
+
+    def __init__(
+        self,
+        args: Any,
+        groups: ParallelGroups,
+        run: Run,
+        *,
+        policy: TrainEngine,
+        rollout: RolloutEngine,
+        rewards: Rewarding,
+        tokenizer: Any,
+        stop_token_id: int | None,
+    ) -> None:
+        self._args, self._groups, self._run = args, groups, run
+        self._policy, self._rollout, self._rewards, self._tokenizer = policy, rollout, rewards, tokenizer
+        self._generation = generation_params(args, stop_token_id)
+        self._synced = False  # whether the rollout engine holds the policy's present weights
+
+    def policy_changed(self) -> None:
+        """The rollout engine's weights are old."""
+        self._synced = False
+
+    def __call__(self, prompts: Sequence[dict[str, Any]], num_generations: int, place: Place) -> Sampled:
+        """`num_generations` neighbouring completions of each prompt, scored."""
+        self._sync(place)
+        completions = self._generate(prompts, num_generations, place)
+        return Sampled(completions, self._score(completions, num_generations, place))
+
+    def texts(self, completions: Sequence[Completion]) -> list[str]:
+        """The completions as the reward functions see them."""
+        ids = [completion.completion_ids for completion in completions]
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _sync(self, place: Place) -> None:
+        # An engine that has slept has lost its weights, the policy's present ones or not.
+        if self._synced and not self._args.engines_sleep:
+            return
+        with self._timed("weight_sync_s", place), awake(self._policy), awake(self._rollout, "weights"):
+            sync_weights(self._policy, self._rollout)
+        self._synced = True
+
+    def _generate(self, prompts: Sequence[dict[str, Any]], num_generations: int, place: Place) -> list[Completion]:
+        rows = [prompt for prompt in prompts for _ in range(num_generations)]
+        seeds = completion_seeds(self._args.seed, place, len(rows))
+        ids = [row["prompt_ids"] for row in rows]
+        with self._timed("generation_s", place), awake(self._rollout):
+            completions = self._rollout.generate(ids, self._generation, seeds, self._run.state.global_step)
+            completions = redistribute(completions, self._rollout, self._groups)
+        for completion, row in zip(completions, rows, strict=True):
+            completion.row = {name: value for name, value in row.items() if name != "prompt_ids"}
+        return completions
+
+    def _score(self, completions: list[Completion], num_generations: int, place: Place) -> RewardResult:
+        prompts = [completion.row["prompt"] for completion in completions]
+        # Reward functions are called by the data-parallel leaders alone, reward models by every rank.
+        reads = self._groups.is_dp_leader or self._rewards.models
+        texts = self.texts(completions) if reads else [""] * len(completions)
+        options = {"group_size": num_generations, "trainer_state": self._run.state}
+        with self._timed("reward_s", place):
+            return self._rewards(completions, prompts, texts, **options)
+
+    def _timed(self, name: str, place: Place) -> Any:
+        return self._run.timed(name, noted=place.stream == "train")
+
+
+def completion_seeds(seed: int, place: Place, count: int) -> list[int]:
+    """A seed for each completion, from its place in the run alone: neither layout nor a resume changes it."""
+    entropy = (seed, {"train": 0, "eval": 1}[place.stream], place.round, *([place.part] if place.part else []))
+    return [int(word) for word in np.random.SeedSequence(entropy).generate_state(count)]
+
+
+def generation_params(args: Any, stop: int | None) -> GenerationParams:
+    """How completions are sampled, from the config; `stop` is the token that ends one."""
+    return GenerationParams(
+        max_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        structured_outputs_regex=args.vllm_structured_outputs_regex,
+        stop_token_ids=() if stop is None else (stop,),
+        extra=args.generation_kwargs or {},
+    )

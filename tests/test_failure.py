@@ -1,0 +1,101 @@
+"""The one error line of a job, whoever meets the error, and what is left behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.jobs.start import environment, error_lines, run, run_together, torchrun
+
+REPORT = "import sys; from megalign.failure import report_error; report_error('wrong\\n  twice'); sys.exit(2)"
+WRONG_FLAG = ("-m", "megalign", "sft", "--learning_rte", "1")
+WRONG_FLAG_LINE = "megalign: error: learning_rte is not a field of SFTConfig; did you mean learning_rate?"
+
+
+def report_on_ranks(tmp: Path, ranks: tuple[int, ...]) -> list[str]:
+    """What the ranks of one launcher, which is this process, say; they start in this order, side by side."""
+    shared = environment(WORLD_SIZE=str(len(ranks)), TMPDIR=str(tmp))
+    command = [sys.executable, "-c", REPORT]
+    jobs = [subprocess.Popen(command, env={**shared, "RANK": str(rank)}, stderr=subprocess.PIPE) for rank in ranks]
+    return [job.communicate(timeout=60)[1].decode() for job in jobs]
+
+
+def test_ranks_of_one_launcher_report_once(tmp_path: Path) -> None:
+    lines = report_on_ranks(tmp_path, (3, 2, 1, 0))
+    assert sorted(lines) == ["", "", "", "megalign: error: wrong twice\n"]
+
+
+def test_a_failed_job_removes_the_files_of_launchers_that_are_gone(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    user, alive = os.getuid(), os.getppid()
+    start = Path(f"/proc/{alive}/stat").read_text().rpartition(")")[2].split()[19]
+    kept = [f"megalign-{user}-{alive}-{start}.error", f"megalign-{user + 1}-{ended.pid}-7.error", "mine.error"]
+    gone = [f"megalign-{user}-{ended.pid}-7.error", f"megalign-{user}-{alive}-{int(start) - 1}.error"]
+    for name in kept + gone:
+        (tmp_path / name).write_text("0\n")
+    report_on_ranks(tmp_path, (0, 1))
+    (own,) = {path.name for path in tmp_path.iterdir()} - set(kept)
+    assert own.startswith(f"megalign-{user}-{os.getpid()}-")
+
+
+DISTRIBUTED = """
+import os, sys, torch.distributed as dist
+from megalign import cli
+from megalign.errors import UserError
+dist.init_process_group("gloo")
+def fail(argv):
+    if dist.get_rank() == 1:
+        raise UserError("row 3 has no column prompt; add it")
+    dist.barrier()
+cli._run = fail
+sys.exit(cli.main([]))
+"""
+
+
+def test_one_ranks_error_ends_the_job_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(DISTRIBUTED)
+    ended = run(torchrun(3, "job.py"), tmp_path)
+    assert ended.status != 0
+    assert ended.error_lines == ["megalign: error: row 3 has no column prompt; add it"]
+    assert 'job.py", line' not in ended.stderr and "cli.py" not in ended.stderr
+
+
+def test_the_line_comes_before_torchruns_own_report(tmp_path: Path) -> None:
+    ended = run(torchrun(2, *WRONG_FLAG), tmp_path, TMPDIR=str(tmp_path))
+    assert ended.stderr.splitlines()[0] == WRONG_FLAG_LINE == ended.error_lines[0]
+    assert len(ended.error_lines) == 1
+    # README says both: the ranks end with 2, and torchrun has a status of its own.
+    assert set(ended.rank_statuses) <= {2, -15} and 2 in ended.rank_statuses
+    assert ended.status == 1 and "ChildFailedError" in ended.stderr
+
+
+def test_two_agents_report_a_wrong_flag_once(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *meeting]
+    agents = run_together([[*agent, f"--node_rank={node}", *WRONG_FLAG] for node in (0, 1)], tmp_path)
+    assert error_lines("".join(ended.stderr for ended in agents)) == [WRONG_FLAG_LINE]
+    assert all(ended.status != 0 for ended in agents)
+
+
+TWICE = """
+import sys
+from megalign.errors import UserError
+from megalign.failure import report_uncaught
+
+report_uncaught()
+hook = sys.excepthook
+report_uncaught()
+print(sys.excepthook is hook)
+raise UserError("wrong")
+"""
+
+
+def test_a_script_with_several_trainers_has_one_hook(tmp_path: Path) -> None:
+    ended = run([sys.executable, "-c", TWICE], tmp_path)
+    assert (ended.status, ended.stdout, ended.stderr) == (2, "True\n", "megalign: error: wrong\n")
