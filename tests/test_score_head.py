@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from megalign.batch import Batch, Counts, Metric
 from megalign.errors import UserError
 from megalign.parallel import pipeline
+from tests.jobs.start import run
 from tests.layouts import LAYOUTS, ONE_RANK, Layout, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, save_tiny_classifier, save_tiny_model
@@ -100,7 +103,8 @@ def test_scores_values_and_gradients_equal_transformers(tmp_path: Path, family: 
 
 
 def exported(path: str, layout: Layout, target: str, pad: int | None) -> None:
-    make_engine(path, layout, score_head=True).export(target, pad_token_id=pad)
+    tokens = {} if pad is None else {"pad_token_id": pad}
+    make_engine(path, layout, score_head=True).export(target, special_tokens=tokens)
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, pp=2)], ids=str)
@@ -126,6 +130,37 @@ def test_a_classifier_goes_in_and_out_bitwise(tmp_path: Path, layout: Layout) ->
     after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
     assert sorted(before) == sorted(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+VLLM_SCORES = """
+import json, sys
+from vllm import LLM, PoolingParams, TokensPrompt
+path, prompts = sys.argv[1], json.loads(sys.argv[2])
+model = LLM(path, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=64)
+raw = PoolingParams(use_activation=False)
+found = model.encode([TokensPrompt(prompt_token_ids=ids) for ids in prompts], raw, pooling_task="classify")
+print("scores", json.dumps([one.outputs.data.tolist() for one in found]))
+"""
+
+
+@pytest.mark.vllm
+def test_an_exported_classifier_scores_the_same_in_vllm(tmp_path: Path) -> None:
+    path = save_tiny_classifier("qwen3", tmp_path / "model", head_dim=32)
+    layout = Layout(tp=2, pp=2)
+    run_ranks(layout.world, exported, path, layout, str(tmp_path / "out"), None)
+    prompts = [tokens(i).tolist() for i in range(len(LENGTHS))]
+    environ = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    command = [sys.executable, "-c", VLLM_SCORES, str(tmp_path / "out"), json.dumps(prompts)]
+    ran = run(command, cwd=tmp_path, **environ).succeeded()
+    (line,) = [line for line in ran.stdout.splitlines() if line.startswith("scores ")]
+    wanted, _ = reference(path)
+    assert torch.allclose(
+        torch.tensor(json.loads(line.removeprefix("scores "))), torch.stack([wanted[i][-1:] for i in wanted]), atol=1e-4
+    )
 
 
 def step(engine: Any) -> float:

@@ -1,8 +1,80 @@
-"""Seeds of completions."""
+"""When weights go to the rollout engine, who is awake for what, and the seeds of completions."""
 
 from __future__ import annotations
 
-from megalign.trainers.sampling import Place, completion_seeds
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megalign.batch import Completion
+from megalign.rollout.rewards import RewardResult
+from megalign.trainers import sampling
+from megalign.trainers.sampling import Place, Sampling, completion_seeds
+
+
+class Recorder:
+    """Stands in for an engine: writes down what it is told."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told = name, told
+
+    def sleep(self) -> None:
+        self.told.append(f"{self.name} sleeps")
+
+    def wake(self, *parts: str) -> None:
+        self.told.append(f"{self.name} wakes")
+
+    def generate(self, ids: list[list[int]], params: Any, seeds: list[int], version: int) -> list[Completion]:
+        self.told.append("generate")
+        names = {"finish_reason": "stop", "policy_version": version}
+        return [
+            Completion(index=i, prompt_ids=prompt, completion_ids=[2], logprobs=[-1.0], **names)
+            for i, prompt in enumerate(ids)
+        ]
+
+
+def sampled_thrice(monkeypatch: pytest.MonkeyPatch, *, engines_sleep: bool) -> list[str]:
+    """What the engines are told while a round samples twice, as dynamic sampling does, and once more after a step."""
+    told: list[str] = []
+    monkeypatch.setattr(sampling, "sync_weights", lambda policy, rollout: told.append("sync"))
+    monkeypatch.setattr(sampling, "redistribute", lambda completions, *rest: completions)
+    monkeypatch.setattr(sampling, "generation_params", lambda args, stop: None)
+    args = SimpleNamespace(seed=1, engines_sleep=engines_sleep)
+    run = SimpleNamespace(state=SimpleNamespace(global_step=0), timed=lambda *a, **k: nullcontext())
+
+    class Rewards:
+        models: dict[str, Any] = {}
+
+        def __call__(self, completions: list[Completion], *rest: Any, **options: Any) -> RewardResult:
+            return RewardResult(rewards=torch.ones(len(completions), 1), extra={}, metrics={})
+
+    sample = Sampling(
+        args, SimpleNamespace(is_dp_leader=False), run, policy=Recorder("policy", told),
+        rollout=Recorder("rollout", told), rewards=Rewards(), tokenizer=None, stop_token_id=None,
+    )  # fmt: skip
+    prompts = [{"prompt": "a", "prompt_ids": [1]}, {"prompt": "b", "prompt_ids": [1, 2]}]
+    first = sample(prompts, 2, Place("train", 0))
+    assert [completion.row["prompt"] for completion in first.completions] == ["a", "a", "b", "b"]
+    sample(prompts, 2, Place("train", 0, 1))
+    sample.policy_changed()
+    sample(prompts, 2, Place("train", 1))
+    return told
+
+
+def test_an_engine_that_keeps_its_weights_is_synced_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = sampled_thrice(monkeypatch, engines_sleep=False)
+    assert [one for one in told if one in ("sync", "generate")] == ["sync", "generate", "generate", "sync", "generate"]
+
+
+def test_an_engine_that_sleeps_is_synced_before_each_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = sampled_thrice(monkeypatch, engines_sleep=True)
+    assert [one for one in told if one in ("sync", "generate")] == ["sync", "generate"] * 3
+    # The policy's memory is free again before completions are generated.
+    for place in (place for place, one in enumerate(told) if one == "generate"):
+        assert [one for one in told[:place] if one.startswith("policy")][-1] == "policy sleeps"
 
 
 def test_seeds_are_a_function_of_the_place_in_the_run() -> None:
