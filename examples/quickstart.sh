@@ -6,6 +6,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Before anything is installed or deleted: --help and wrong flags end here.
+python=$(command -v .venv/bin/python "${PYTHON:-python3.11}" python3 python | head -n 1 || true)
+if [[ -n $python ]]; then  # else the installation says what is missing
+    case " $* " in
+        *" -h "* | *" --help "*) exec "$python" examples/quickstart/options.py --help ;;
+    esac
+    "$python" examples/quickstart/options.py "$@"
+fi
+
 bash tools/install.sh cpu
 
 # One thread a rank, for two ranks on two cores; nothing is looked up on a hub.
@@ -16,11 +25,4 @@ unset PYTHONDONTWRITEBYTECODE
 mkdir -p quickstart
 rm -f quickstart/result.json
 [[ -f quickstart/smollm2/config.json ]] || .venv/bin/python tools/gguf_to_hf.py --output quickstart/smollm2
-.venv/bin/torchrun --standalone --nproc_per_node 2 examples/quickstart/train.py \
-    --model quickstart/smollm2 --output quickstart "$@"
-
-.venv/bin/python - <<'PYTHON'
-import json
-result = json.load(open("quickstart/result.json"))
-print(f"accuracy before={result['accuracy_before']:.2f} after={result['accuracy_after']:.2f}")
-PYTHON
+.venv/bin/torchrun --standalone --nproc_per_node 2 examples/quickstart/train.py "$@"

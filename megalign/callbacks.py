@@ -87,8 +87,11 @@ class LossProgressCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Puts a training log's main numbers beside the bar."""
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+        """Puts a training log's main numbers beside the bar; without a bar (evaluate() after train()) prints it."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        if self.training_bar is None:
+            print({name: f"{value:.4g}" if isinstance(value, float) else value for name, value in logs.items()})
             return
         shown = {name: f"{logs[name]:.4g}" for name in self.shown if isinstance(logs.get(name), float)}
         if "loss" in logs:

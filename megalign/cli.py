@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -110,10 +109,6 @@ def _run(argv: list[str]) -> None:
         return
     command = COMMANDS[name]
     args = parse_arguments(command.config, argv)
-    # What Megatron falls back to without Transformer Engine and Apex is by design here; said once for each module and
-    # rank, it would bury the progress bar.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     args.validate(launch.prepare_environment())
     _check_given(args, command)
     _train(args, command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -130,12 +130,21 @@ class TrainEngine:
         """Whole Hugging Face tensors on every rank of the model copy, in bounded buckets; collective."""
         return export.gathered(self._models, self.groups, self.architecture)
 
-    def export(self, path: str, *, pad_token_id: int | None = None) -> None:
-        """Writes a Hugging Face directory; collective. `pad_token_id` is for the config.json of a score head."""
-        changes = None
+    def export(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> None:
+        """Writes a Hugging Face directory; collective. `special_tokens` are the tokenizer's (`eos_token_id`, ...)."""
+        tokens, changes = special_tokens or {}, None
         if self.architecture.num_labels is not None:
-            changes = classifier_config(hf_files.read_config(self.hf_path), pad_token_id)
-        export.save_hf(path, self.hf_path, self._models, self.groups, self.architecture, config_changes=changes)
+            pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
+            changes = classifier_config(hf_files.read_config(self.hf_path), pad)
+        export.save_hf(
+            path,
+            self.hf_path,
+            self._models,
+            self.groups,
+            self.architecture,
+            config_changes=changes,
+            special_tokens=tokens,
+        )
 
     def save(self, path: str) -> None:
         """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective."""

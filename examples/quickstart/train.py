@@ -1,14 +1,13 @@
 """GRPO on one-digit sums over two pipeline stages, with vLLM sampling inside the same two ranks.
 
-    torchrun --nproc_per_node 2 examples/quickstart/train.py --model quickstart/smollm2 --output quickstart
+    torchrun --nproc_per_node 2 examples/quickstart/train.py
 
-examples/quickstart.sh calls it. The accuracy, before and after, is that of answers sampled as in training
-(temperature 1) to sums that are not trained on.
+examples/quickstart.sh calls it; the flags are in options.py. The accuracy, before and after, is that of answers
+sampled as in training (temperature 1) to sums that are not trained on.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -21,24 +20,10 @@ from datasets import Dataset
 from megalign import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))  # torchrun started elsewhere does not add it
+from options import arguments
 from sums import split, sum_reward
 
 matplotlib.use("Agg")
-
-
-def arguments() -> argparse.Namespace:
-    """What quickstart.sh and experiments vary."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--output", type=Path, required=True, help="gets model/, reward.png and result.json")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
-    parser.add_argument("--completions", type=int, default=32, help="a step, in groups of 8")
-    parser.add_argument("--microbatch", type=int, default=8)
-    parser.add_argument("--fp32", action="store_true")
-    return parser.parse_args()
 
 
 def plot(rewards: list[float], path: Path) -> None:
@@ -106,6 +91,7 @@ def main() -> None:
             "seconds": time.time() - started,
         }
         (options.output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"accuracy before={before:.2f} after={after:.2f}")
 
 
 if __name__ == "__main__":

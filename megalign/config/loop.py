@@ -46,7 +46,7 @@ class LoopConfig(Config):
     """Probability with which the next row comes from each of several datasets (they need not sum to 1), until
     each has been read whole; one that ends sooner starts again."""
     dataset_config: str | None = None
-    """Configuration of a hub dataset."""
+    """Configuration of a hub dataset, or of a directory whose README.md lists several."""
     dataset_train_split: str = "train"
     """Split of dataset_name that is trained on."""
     streaming: bool = False

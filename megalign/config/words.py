@@ -93,6 +93,8 @@ class Words:
                 continue
             flag, equals, value = word[2:].partition("=")
             name, said = self._name_of(flag.replace("-", "_"))
+            if name in given:
+                raise UserError(f"--{name} is given twice; give it once, with all of its values")
             if name is not None:
                 current = given[name] = [value] if equals else said
             elif unknown is None:

@@ -20,9 +20,10 @@ from megalign.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 # What makes a directory loadable besides weights and config.json; copied from the source when it is there.
 COMPANION_FILES = (
-    "generation_config.json",
+    GENERATION_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -106,7 +107,8 @@ class HfReader:
 class HfWriter:
     """Writes a Hugging Face directory, in shards; what stands at `path` is whole, or has no index or weights.
 
-    Everything is written under a temporary name first. `add` holds at most one shard in memory.
+    Everything is written under a temporary name first. `add` holds at most one shard in memory. `special_tokens`
+    (`eos_token_id` and the like) are the tokenizer's, with which the config files must agree.
     """
 
     def __init__(
@@ -117,9 +119,11 @@ class HfWriter:
         dtype: torch.dtype | None = None,
         max_shard_size: str | int = "5GB",
         config_changes: Mapping[str, Any] | None = None,
+        special_tokens: Mapping[str, int] | None = None,
     ) -> None:
         self.path, self.source, self.dtype = Path(path), Path(source), dtype
         self._config_changes = dict(config_changes or {})
+        self._special_tokens = dict(special_tokens or {})
         self.max_bytes = parse_size(max_shard_size)
         self._shards: list[list[str]] = []
         self._pending: dict[str, Tensor] = {}
@@ -146,10 +150,10 @@ class HfWriter:
         """Writes the rest, and moves the whole to its place."""
         self._write_shard()
         with self._told():
-            self._write_config()
             for file in COMPANION_FILES:
                 if (self.source / file).exists():
                     shutil.copyfile(self.source / file, self._partial / file)
+            self._write_config()
             self._name_shards()
             self._move()
 
@@ -171,7 +175,11 @@ class HfWriter:
             # transformers before 4.56 knows only torch_dtype: renew the key that the source has.
             keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config.update(dict.fromkeys(keys, name))
-        (self._partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        file = self.source / GENERATION_FILE
+        generation = _read_json(file) if file.exists() else None
+        if align_special_tokens(config, generation, self._special_tokens) and generation is not None:
+            _write_json(self._partial / GENERATION_FILE, generation)
+        _write_json(self._partial / "config.json", config)
 
     def _name_shards(self) -> None:
         """Gives the shards transformers' names, and writes the index unless there is only one."""
@@ -184,7 +192,7 @@ class HfWriter:
             shutil.copymode(self._partial / "config.json", target)  # safetensors makes its files private
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self._partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _write_json(self._partial / INDEX_FILE, index)
 
     def _move(self) -> None:
         if not self.path.exists():
@@ -212,6 +220,26 @@ class HfWriter:
             ) from error
 
 
+def align_special_tokens(config: dict[str, Any], generation: dict[str, Any] | None, tokens: Mapping[str, int]) -> bool:
+    """Brings a config.json and a generation_config.json to the tokenizer's tokens, in place; whether they differed.
+
+    transformers' rule: a list of end tokens gets the tokenizer's in front and keeps the others, and the generation
+    config's becomes such a list, because any of them ends a completion.
+    """
+    changed = False
+    for name, token in tokens.items():
+        known = [_as_list(values.get(name)) for values in (config, generation) if values is not None]
+        if all(token in ids for ids in known):
+            continue
+        changed, several = True, name == "eos_token_id"
+        in_front = [token, *(other for other in known[0] if other != token)]
+        config[name] = in_front if several and isinstance(config.get(name), list) else token
+        if generation is not None:
+            in_front = [token, *(other for other in known[1] if other != token)]
+            generation[name] = in_front if several else token
+    return changed
+
+
 def parse_size(size: str | int) -> int:
     """ "5GB" or 5000000000 -> bytes; KB/MB/GB are decimal, as in transformers, KiB/MiB/GiB binary."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
@@ -232,6 +260,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON ({error}); copy it again from its origin") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _open(path: Path) -> Any:

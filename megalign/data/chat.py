@@ -22,19 +22,22 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
-def load_tokenizer(
-    path: str, *, eos_token: str | None = None, chat_template_path: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub name, with the end token and chat template that were asked
-    for.
-    """
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub name."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} holds no tokenizer that loads: {_first_line(error)}") from error
+
+
+def adapt_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, *, eos_token: str | None = None, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The same tokenizer, changed to the end token and chat template that were asked for."""
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
-            raise UserError(f"eos_token={eos_token!r} is not in the vocabulary of {path}; name one of its tokens")
+            name = tokenizer.name_or_path or type(tokenizer).__name__
+            raise UserError(f"eos_token={eos_token!r} is not in the vocabulary of {name}; name one of its tokens")
         tokenizer.eos_token = eos_token
     if chat_template_path is not None:
         tokenizer.chat_template = _read_template(chat_template_path)

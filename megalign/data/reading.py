@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import hashlib
+import itertools
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,10 +25,13 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
 
+from megalign import failure
 from megalign.errors import UserError
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_turns = itertools.count()  # of once_per_job: every rank has the same calls in the same order
 
 
 Rows = Dataset | IterableDataset  # the latter with streaming=True
@@ -66,9 +74,10 @@ def load_rows(
     """
     path = Path(name).expanduser()
     if path.is_file():
+        _refuse_config(config, f"{field}={name!r} is a file")
         splits = _read_files(str(path), path.suffix, field, streaming)
     elif path.is_dir():
-        splits = _read_directory(path, field, streaming)
+        splits = _read_directory(path, config, field, streaming)
     elif path.is_absolute() or name.startswith((".", "~")) or path.suffix in _READERS:
         raise UserError(f"{field}={name!r} does not exist; give a .jsonl or .parquet file, a directory or a hub name")
     else:
@@ -86,8 +95,17 @@ def _read_files(path: str, suffix: str, field: str, streaming: bool) -> Splits:
         raise UserError(f"{field}={path!r} cannot be read as {_READERS[suffix]}: {reason}") from error
 
 
-def _read_directory(path: Path, field: str, streaming: bool) -> Splits:
+def _refuse_config(config: str | None, what: str) -> None:
+    if config is not None:
+        raise UserError(
+            f"dataset_config={config!r} chooses among the configurations of a hub dataset or of a directory whose "
+            f"README.md lists some, and {what}; leave it out"
+        )
+
+
+def _read_directory(path: Path, config: str | None, field: str, streaming: bool) -> Splits:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        _refuse_config(config, f"{field}={str(path)!r} was written by save_to_disk")
         saved = load_from_disk(str(path))
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
         return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
@@ -95,10 +113,13 @@ def _read_directory(path: Path, field: str, streaming: bool) -> Splits:
     if not suffixes:
         raise UserError(f"{field}={str(path)!r} holds no {', '.join(_READERS)} files; name a directory that does")
     try:
-        return load_dataset(str(path), streaming=streaming)
+        return load_dataset(str(path), config, streaming=streaming)
     except DatasetGenerationError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(f"{field}={str(path)!r} cannot be read: {reason}") from error
+    except ValueError as error:  # it has several configurations and none is named, or none of this name
+        reason = " ".join(str(error).strip().splitlines()[:2])  # the second line lists them
+        raise UserError(f"{field}={str(path)!r} with dataset_config={config!r} cannot be read: {reason}") from error
 
 
 def _from_hub(name: str, config: str | None, field: str, streaming: bool) -> Splits:
@@ -181,6 +202,24 @@ def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = N
 # ---- once for the job
 
 
+def of_this_code(dataset: Dataset) -> Dataset:
+    """The same rows under a fingerprint that changes with the code of this room.
+
+    `datasets` names the cached results of map and filter by fingerprints that follow from one another and, of an
+    importable function, know only the name: rows prepared by an earlier version would be taken for this one's.
+    """
+    renamed = copy.copy(dataset)
+    renamed._fingerprint = Hasher.hash([dataset._fingerprint, code_digest()])
+    return renamed
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the source files that turn rows into tokens."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def once_per_job(make: Callable[[], Dataset], directory: str) -> Dataset:
     """The dataset that `make` gives, made by rank 0 only; the other ranks map its file into memory.
 
@@ -191,12 +230,17 @@ def once_per_job(make: Callable[[], Dataset], directory: str) -> Dataset:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return make()
     outcome = [("error", "rank 0 failed to prepare the dataset; its own message says why")]
+    ready = f"megalign/rows/{next(_turns)}"
     try:
         if dist.get_rank() == 0:
             outcome = [("path", _saved(make(), Path(directory) / ".tokenized"))]
+        else:
+            _wait_for(ready)
     except UserError as error:
         outcome = [("error", str(error))]
     finally:  # whatever happened on rank 0, the others are waiting for it
+        if dist.get_rank() == 0:
+            failure.default_store().set(ready, "")
         dist.broadcast_object_list(outcome, src=0)
     kind, value = outcome[0]
     if kind == "error":
@@ -204,6 +248,18 @@ def once_per_job(make: Callable[[], Dataset], directory: str) -> Dataset:
     if not Path(value).is_dir():
         raise UserError(f"output_dir={directory!r} is not shared by all nodes ({value} is missing); use one that is")
     return load_from_disk(value)
+
+
+def _wait_for(key: str) -> None:
+    """Returns when another rank has set the key in the job's store, however long that takes.
+
+    A collective would give up after ddp_timeout, and rows may take hours to tokenize. A rank 0 that dies takes its
+    store or, through its launcher, this process with it.
+    """
+    store, pause = failure.default_store(), 0.05
+    while not store.check([key]) and not failure.another_rank_reported():
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
 
 
 def _saved(dataset: Dataset, directory: Path) -> str:

@@ -57,14 +57,23 @@ def prepare_sft(
         # Neighbours in the file may be alike; a pack of them would correlate what a microbatch learns from.
         rows = rows.shuffle(seed=args.data_order_seed) if args.shuffle_dataset else rows
         return pack_dataset(rows, args.max_length, args.packing_strategy)
-    return _cut(rows, args.max_length, args.truncation_mode)
+    return _cut(rows, args)
 
 
-def _cut(rows: Dataset, max_length: int | None, truncation_mode: str) -> Dataset:
+def _cut(rows: Dataset, args: Any) -> Dataset:
+    max_length = args.max_length
     if max_length is not None:
-        kept = slice(-max_length, None) if truncation_mode == "keep_end" else slice(max_length)
-        rows = rows.map(lambda row: {name: values[kept] for name, values in row.items()}, desc="Cutting")
-    trained = rows.filter(lambda row: any(row["loss_mask"]), desc="Dropping rows without a loss token")
+        kept = slice(-max_length, None) if args.truncation_mode == "keep_end" else slice(max_length)
+        rows = rows.map(
+            lambda row: {name: values[kept] for name, values in row.items()},
+            num_proc=args.dataset_num_proc,
+            desc="Cutting",
+        )
+    trained = rows.filter(
+        lambda row: any(row["loss_mask"]),
+        num_proc=args.dataset_num_proc,
+        desc="Dropping rows without a loss token",
+    )
     if len(trained) == 0 and len(rows) > 0:
         raise UserError(
             f"none of the {len(rows)} rows has a loss token within max_length={max_length} tokens; raise it"

@@ -36,9 +36,7 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
             optimizer.load_state_dict(state["optimizer"])
 
 
-def _sharded_state(
-    chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     assert len(chunks) == 1, "interleaved chunks need a key each"
     if optimizer is None:
         return {"model": chunks[0].sharded_state_dict()}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
+from megalign.errors import UserError
 from megalign.patches.megatron import megatron_calls
 
 if TYPE_CHECKING:
@@ -44,7 +48,20 @@ def build_optimizer(chunks: list[nn.Module], args: LoopConfig) -> MegatronOptimi
         use_distributed_optimizer=args.use_distributed_optimizer,
     )
     with megatron_calls():
-        return get_megatron_optimizer(config, chunks)
+        optimizer = get_megatron_optimizer(config, chunks)
+    optimizer.get_grad_norm = partial(_checked_norm, optimizer.get_grad_norm)
+    return optimizer
+
+
+def _checked_norm(norm: Callable[[], float]) -> float:
+    """Megatron asks for it between backward and update, and would scale every gradient by 1 / inf."""
+    value = float(norm())
+    if not math.isfinite(value):
+        raise UserError(
+            f"the gradient norm of the step is {value}, so no weight was changed; find what overflows in the "
+            "step's rows or rewards, or lower learning_rate"
+        )
+    return value
 
 
 def zero_gradients(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:

@@ -1,0 +1,1 @@
+import megalign.patches.megatron  # noqa: F401  (before Megatron itself)

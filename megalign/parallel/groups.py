@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,8 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     start_distributed(timeout_s)
     layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     if _made is not None and _made[1].world.group is not dist.group.WORLD:
-        _made = None  # the job's groups were ended, and Megatron's with them
+        _destroy(_made[2])  # the job's groups were ended, Megatron's with them, and it does not know
+        _made = None
     if _made is not None and _made[0] == layout:
         _set_timeout([dist.group.WORLD, *_made[2]], timeout_s)
         return _made[1]
@@ -156,8 +156,7 @@ def start_distributed(timeout_s: float) -> None:
 
 def end_distributed() -> None:
     """Leaves the job, as the last thing that a process does."""
-    # vLLM's exit handler (0.32) ends its own groups and then the default one, and fails where that is gone already.
-    if dist.is_initialized() and "vllm" not in sys.modules:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

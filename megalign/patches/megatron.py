@@ -2,7 +2,8 @@
 
 `install()` once a process: without a GPU it replaces torch.cuda's functions for good. `megatron_calls()` goes
 around every call into Megatron (schedules, optimizer, model construction): its look at every torch call is paid
-there only, not by vLLM in the same process.
+there only, not by vLLM in the same process. Importing this module silences Megatron's known warnings, some of which
+come while it is imported: the packages that import Megatron (parallel, model) import this one first.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +22,25 @@ from torch.overrides import TorchFunctionMode
 from megalign.device import on_cuda
 
 _installed = False
+
+
+def _silence(*known: tuple[str, type[Warning]]) -> None:
+    """Hides the warnings that begin like this; whatever is not listed is shown."""
+    for start, category in known:
+        warnings.filterwarnings("ignore", message=re.escape(start), category=category)
+
+
+# Said on every rank, module by module, of what is chosen here: plain torch where Transformer Engine and Apex are not
+# used. The calls of torch's that are old are upstream's to renew.
+_silence(
+    ("Transformer Engine and Apex are not installed", UserWarning),
+    ("Apex is not installed. Falling back to Torch Norm", UserWarning),
+    ("If you are using transformer_engine as the transformer implementation", UserWarning),
+    ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # transformer_config.py:1705, by default
+    ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),  # optimizer.py:66
+    ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
+    ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
+)
 
 
 def install() -> None:
@@ -32,6 +54,8 @@ def install() -> None:
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
+        # tensor_parallel/layers.py:738; good advice on a GPU.
+        _silence(("When using async grad allreduce it is recommended to set the environment variable", UserWarning))
 
 
 @contextlib.contextmanager

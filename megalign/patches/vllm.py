@@ -1,6 +1,7 @@
-"""What vLLM 0.32 needs to live in a training rank on a CPU: real sleep, tied heads, names of its own.
+"""What vLLM 0.32 needs to live in a training rank: the job's groups stay; on a CPU real sleep, tied heads, names.
 
-`install()` before the first LLM of the process. On CUDA nothing but the launcher's identity is touched.
+`install()` before the first LLM of the process. On CUDA nothing but the launcher's identity and an engine's end is
+touched.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megalign.device import device, on_cuda
+from megalign.device import device, on_cuda, release_memory
 from megalign.errors import UserError
 
 _PAGE = 4096
@@ -23,6 +24,7 @@ _MADV_DONTNEED = 4  # linux/mman.h
 def install(job: str, rank: int) -> None:
     """Applies the patches; `job` must be one string for all ranks and differ between jobs."""
     _name_the_job(job, rank)
+    _leave_groups_alone()
     if not on_cuda():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -49,6 +51,17 @@ def _name_the_job(job: str, rank: int) -> None:
         return address, rank, device().index if on_cuda() else local_rank
 
     ExecutorWithExternalLauncher._distributed_args = with_identity
+
+
+def _leave_groups_alone() -> None:
+    """core.py:839 ends the default process group with an engine, which Python collects when it likes.
+
+    The group is the job's: the next trainer of the script needs it, and the next engine vLLM's own, which all engines
+    of a process share. Goes when an engine ends what it has started and nothing else.
+    """
+    from vllm.v1.engine import core
+
+    core.cleanup_dist_env_and_memory = release_memory
 
 
 def check_head_size(size: int) -> None:

@@ -73,6 +73,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     config_changes: Mapping[str, Any] | None = None,
+    special_tokens: Mapping[str, int] | None = None,
 ) -> None:
     """Writes the model, with the tokenizer and the (changed) config of `hf_source`; a collective over the world.
 
@@ -83,7 +84,12 @@ def save_hf(
     if groups.dp.rank == 0 and groups.cp.rank == 0:
         stream = gathered(chunks, groups, architecture)
         if groups.mp.rank == 0:
-            options = {"dtype": dtype, "max_shard_size": max_shard_size, "config_changes": config_changes or {}}
+            options = {
+                "dtype": dtype,
+                "max_shard_size": max_shard_size,
+                "config_changes": config_changes,
+                "special_tokens": special_tokens,
+            }
             error = _write(path, hf_source, stream, options)
         for _ in stream:  # the collectives of the writer's buckets, also of those that it had no room for
             pass

@@ -143,17 +143,25 @@ def resolve(name: str) -> RewardFunction:
             "rewards.py and give rewards.py:reward"
         )
     if os.path.isdir(name):
-        raise UserError(f"reward function {name!r} is a directory: reward models are not built yet; give a function")
+        raise UserError(
+            f"reward model {name!r} is a directory without config.json; give that of a *ForSequenceClassification "
+            "model, or a function"
+        )
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return _attribute(name, _module_from_file(path), attribute)
     module_name, _, attribute = name.rpartition(".")
     if module_name and "/" not in name:
         return _attribute(name, _module(name, module_name), attribute)
+    if "/" in name:
+        raise UserError(
+            f"reward {name!r} is no directory in {os.getcwd()} and no function; give a reward model's directory or "
+            "path/to/file.py:function"
+        )
     near = difflib.get_close_matches(name, BUILT_IN, n=1) or sorted(BUILT_IN)
     raise UserError(
-        f"reward function {name!r} is not built in, a dotted path or path/to/file.py:function; "
-        f"did you mean {near[0]}? (reward models are not built yet)"
+        f"reward function {name!r} is not built in, a dotted path, path/to/file.py:function or a reward model's "
+        f"directory; did you mean {near[0]}?"
     )
 
 

@@ -7,7 +7,9 @@ result, and every rank raises the same error when one fails.
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
+import itertools
 import math
 import numbers
 import threading
@@ -27,6 +29,7 @@ from megalign.rollout.reward_functions import RewardFunction, resolve
 
 # What TRL keeps from reward functions, since they get it under another name.
 _NOT_COLUMNS = ("prompt", "completion", "completion_ids")
+_LARGEST = torch.finfo(torch.float32).max  # rewards are fp32, in which a larger one would be inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class RewardRunner:
         if not reward_funcs:
             raise UserError("no reward function was given; pass reward_funcs, for example length_reward")
         self.functions = [resolve(func) if isinstance(func, str) else _callable(func) for func in reward_funcs]
-        self.names = [_name(func) for func in self.functions]
+        self.names = distinct([_name(func) for func in self.functions])
         self._groups = groups
         self._timeout = timeout
 
@@ -131,6 +134,15 @@ class RewardRunner:
             },
             metrics={name: sum(values) / len(values) for name, values in reported.items()},
         )
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, the second of a kind as name_2 and so on: each is a metric and a column of its own."""
+    found: list[str] = []
+    for name in names:
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        found.append(next(candidate for candidate in candidates if candidate not in found))
+    return found
 
 
 class _Scoring:
@@ -232,9 +244,10 @@ def _conversational(prompt: Any, text: str) -> Any:
 def _number(index: int, value: Any) -> float:
     if value is None:
         return math.nan
-    if not isinstance(value, numbers.Real) or math.isinf(value):
+    if not isinstance(value, numbers.Real) or abs(value) > _LARGEST:
         raise UserError(
-            f"it returned {value!r} for completion {index}; return a finite number, or None where it does not apply"
+            f"it returned {value!r} for completion {index}; return a finite number of fp32, or None where it does not "
+            "apply"
         )
     return float(value)
 
@@ -250,7 +263,9 @@ def _callable(function: Any) -> RewardFunction:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    # functools.partial and callable objects have no __name__; TRL falls back on the class too.
+    """TRL's: of a functools.partial what it wraps, of a callable object its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 

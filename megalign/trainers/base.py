@@ -22,7 +22,7 @@ from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.data.chat import load_tokenizer
-from megalign.data.reading import once_per_job
+from megalign.data.reading import of_this_code, once_per_job
 from megalign.errors import UserError
 from megalign.model.architecture import check_layout
 from megalign.parallel.control import barrier
@@ -51,6 +51,7 @@ DATA_FIELDS = (
     "shuffle_dataset",
 )
 PREPARED = ".tokenized"  # once_per_job's directory in output_dir
+SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 class Trainer:
@@ -76,7 +77,8 @@ class Trainer:
         arguments.refuse_arguments(type(self), self.refused_arguments, refused)
         self.model_path = arguments.model_directory(model, args)
         if args is None:
-            args = self.config_class(output_dir=f"{Path(self.model_path).name}-{type(self).__name__}")
+            kind = type(self).__name__.removesuffix("Trainer")  # TRL's name of the directory
+            args = self.config_class(output_dir=f"{Path(self.model_path).name}-{kind}")
         if not isinstance(args, self.config_class):
             raise UserError(
                 f"{type(self).__name__}(args=...) is a {type(args).__name__}; give a {self.config_class.__name__}"
@@ -89,7 +91,8 @@ class Trainer:
         self.architecture = architecture_of(read_config(self.model_path))
         check_layout(self.architecture, self.groups)
         self._given_processing_class = processing_class
-        self.processing_class = self.load_tokenizer() if processing_class is None else processing_class
+        tokenizer = self.load_tokenizer() if processing_class is None else processing_class
+        self.processing_class = self.adapted(tokenizer)
         self.check()
         arguments.make_output_dir(args.output_dir)
         set_seed(args.seed)
@@ -113,6 +116,10 @@ class Trainer:
     def load_tokenizer(self) -> Any:
         """The tokenizer when none was given; None where rows may do without."""
         return load_tokenizer(self.model_path) if arguments.has_tokenizer(self.model_path) else None
+
+    def adapted(self, tokenizer: Any) -> Any:
+        """The tokenizer, loaded or given, as the config wants it."""
+        return tokenizer
 
     def changes_tokenizer(self) -> bool:
         """Whether `processing_class` is not what the model directory's files say."""
@@ -215,18 +222,16 @@ class Trainer:
         """Writes the model as a Hugging Face directory; called on every rank."""
         path = output_dir or self.args.output_dir
         self.policy.wake()
-        self.policy.export(path, pad_token_id=self.pad_token_id)
+        self.policy.export(path, special_tokens=self.special_tokens)
         # The engine copies the model directory's own tokenizer files as they are.
         if self.changes_tokenizer() and self.state.is_world_process_zero:
             self.processing_class.save_pretrained(path)
 
     @property
-    def pad_token_id(self) -> int | None:
-        """The tokenizer's pad, or its end token: what a classifier's config.json tells those who pad."""
-        tokenizer = self.processing_class
-        if tokenizer is None:
-            return None
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    def special_tokens(self) -> dict[str, int]:
+        """The tokenizer's, which the exported model's config files repeat; transformers' Trainer aligns the same."""
+        found = {name: getattr(self.processing_class, name, None) for name in SPECIAL_TOKENS}
+        return {name: token for name, token in found.items() if token is not None}
 
     def end(self) -> None:
         """Leaves the job, as the last call of a script."""
@@ -314,7 +319,7 @@ class Trainer:
         rows = steps * batch * self.args.gradient_accumulation_steps
         metrics = speed_metrics("train", started, num_samples=rows, num_steps=steps)
         metrics["train_loss"] = self.run.loss_total / max(steps, 1)
-        self.run.log(metrics)
+        self.run.log_summary(metrics)
         self.run.event("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
@@ -326,7 +331,9 @@ class Trainer:
         if name == "eval_dataset" and isinstance(dataset, Mapping):
             return {part: self._prepare(rows, name) for part, rows in dataset.items()}
         return once_per_job(
-            lambda: self.tokenized(self._as_dataset(dataset, name), for_evaluation=name == "eval_dataset"),
+            lambda: self.tokenized(
+                of_this_code(self._as_dataset(dataset, name)), for_evaluation=name == "eval_dataset"
+            ),
             self.args.output_dir,
         )
 

@@ -59,9 +59,7 @@ def save_checkpoint(
     barrier(world)
 
 
-def load_checkpoint(
-    path: Path, engines: Mapping[str, TrainEngine], world: Axis
-) -> tuple[TrainerState, dict[str, Any]]:
+def load_checkpoint(path: Path, engines: Mapping[str, TrainEngine], world: Axis) -> tuple[TrainerState, dict[str, Any]]:
     """Puts the engines and this rank's random generators where the checkpoint left them."""
     for name, engine in engines.items():
         with engine.kept_as_it_was():

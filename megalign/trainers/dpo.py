@@ -83,7 +83,6 @@ class DPOTrainer(PreferenceTrainer):
             ]
         return batches
 
-
     def _of_all_pairs(self, columns: Sequence[Tensor], batches: Sequence[Batch]) -> tuple[Tensor, int]:
         """[S] of the whole step, and where this rank's part of it begins."""
         mine = [

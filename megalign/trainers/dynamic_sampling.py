@@ -26,9 +26,7 @@ class Refill:
         self._args, self._weights = args, weights
         self._position = {"epoch": 0, "position": 0}
 
-    def filled(
-        self, first: Sampled, draw: Draw, prompts: Dataset, num_groups: int
-    ) -> tuple[Sampled, dict[str, float]]:
+    def filled(self, first: Sampled, draw: Draw, prompts: Dataset, num_groups: int) -> tuple[Sampled, dict[str, float]]:
         """`num_groups` groups; when the rounds are used up, groups without variance make up the number.
 
         The further prompts are drawn in an order of their own, so that an epoch still sees each row once at least.

@@ -9,11 +9,10 @@ from typing import Any
 from datasets import Dataset
 
 from megalign.batch import Batch
-from megalign.data.chat import load_tokenizer
+from megalign.data.chat import adapt_tokenizer, load_tokenizer
 from megalign.data.collate import pack
 from megalign.data.sampler import EpochSampler, shard
 from megalign.train_engine import StepResult
-from megalign.trainers.arguments import has_tokenizer
 from megalign.trainers.base import Trainer
 
 Sequences = Sequence[Mapping[str, Any]]  # as data.collate.pack takes them
@@ -35,15 +34,23 @@ class OfflineTrainer(Trainer):
     # ---- the loop
 
     def load_tokenizer(self) -> Any:
-        """The model's tokenizer, with the end token and chat template that the config names."""
-        eos_token, template = self.args.eos_token, self.args.chat_template_path
-        if not has_tokenizer(self.model_path) and eos_token is template is None:
-            return None
-        return load_tokenizer(self.model_path, eos_token=eos_token, chat_template_path=template)
+        """The model's tokenizer; that it has none is an error where the config changes it."""
+        return load_tokenizer(self.model_path) if self._config_changes_tokenizer else super().load_tokenizer()
+
+    def adapted(self, tokenizer: Any) -> Any:
+        """With the end token and chat template that the config names."""
+        if not self._config_changes_tokenizer:
+            return tokenizer
+        args = self.args
+        return adapt_tokenizer(tokenizer, eos_token=args.eos_token, chat_template_path=args.chat_template_path)
 
     def changes_tokenizer(self) -> bool:
         """Also by the end token and chat template that the config names."""
-        return super().changes_tokenizer() or (self.args.eos_token, self.args.chat_template_path) != (None, None)
+        return super().changes_tokenizer() or self._config_changes_tokenizer
+
+    @property
+    def _config_changes_tokenizer(self) -> bool:
+        return (self.args.eos_token, self.args.chat_template_path) != (None, None)
 
     def rows_needed(self) -> int | None:
         """Rows of all the steps that max_steps takes."""

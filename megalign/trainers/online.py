@@ -179,9 +179,7 @@ class OnlineTrainer(Trainer):
 
     def _learnable(self, sampled: Sampled, number: int) -> list[Minibatch]:
         """The round's optimizer steps, in order; its metrics go to the log."""
-        minibatches = self.experience.minibatches(
-            sampled.completions, step=number, num_updates=self.updates_per_pass
-        )
+        minibatches = self.experience.minibatches(sampled.completions, step=number, num_updates=self.updates_per_pass)
         minibatches, metrics = self.experience.add_columns(minibatches)
         credited = self.with_advantages(minibatches, sampled.scored.rewards, self.args.num_generations)
         self._note_round(sampled, credited.advantages)

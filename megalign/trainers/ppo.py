@@ -93,7 +93,7 @@ class PPOTrainer(OnlineTrainer):
         super().save_model(output_dir)
         with self.critic.kept_as_it_was():
             path = Path(output_dir or self.args.output_dir) / "critic"
-            self.critic.export(str(path), pad_token_id=self.pad_token_id)
+            self.critic.export(str(path), special_tokens=self.special_tokens)
 
     @property
     def stop_token_id(self) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from datasets import Dataset
 
 
@@ -82,7 +83,8 @@ def write_completions(output_dir: str, step: int, table: Mapping[str, list[Any]]
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = len(next(iter(table.values())))
     columns = {"step": [step] * rows, **{name: _storable(values) for name, values in table.items()}}
-    Dataset.from_dict(columns).to_parquet(path)
+    # Not Dataset.to_parquet: its own progress bar would break the training's.
+    pq.write_table(Dataset.from_dict(columns).data.table, path)
     return path
 
 

@@ -19,7 +19,7 @@ from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import gather_rows
 from megalign.rollout.engine import awake
-from megalign.rollout.rewards import RewardResult, RewardRunner
+from megalign.rollout.rewards import RewardResult, RewardRunner, distinct
 from megalign.train_engine import TrainEngine
 from megalign.trainers.arguments import has_tokenizer
 
@@ -92,9 +92,9 @@ class Rewarding:
         # With nothing at all, the runner says what is missing.
         self._runner = RewardRunner(functions, groups, timeout=args.reward_timeout) if functions or not chosen else None
         names = iter(self._runner.names if self._runner else [])
-        self.names = [
-            self.models[place].name if place in self.models else next(names) for place in range(len(chosen))
-        ]
+        self.names = distinct(
+            [self.models[place].name if place in self.models else next(names) for place in range(len(chosen))]
+        )
 
     def load(self) -> None:
         """Reads the reward models."""

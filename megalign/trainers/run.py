@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,12 +134,27 @@ class Run:
         """The window as a line, if the callbacks want one and there was a step since the last; whether it was."""
         if not self.control.should_log or self.state.global_step <= self.logged_step:
             return False
-        line = self.window.drain()
-        line = {name: line[name] for name in _FIRST_IN_LINE} | line
-        self.logged_step = self.state.global_step
+        line = self._drained()
         self.log(line)
-        self.file.append({"step": self.state.global_step, "epoch": self.state.epoch, **line})
+        self._write(line)
         return True
+
+    def log_summary(self, metrics: dict[str, float]) -> None:
+        """The last line: train_* names and, in metrics.jsonl alone, the steps since the last line.
+
+        transformers tells the callbacks nothing of these.
+        """
+        rest = self._drained() if self.state.global_step > self.logged_step else {}
+        self.log(metrics)
+        self._write({**rest, **metrics})
+
+    def _drained(self) -> dict[str, Any]:
+        line = self.window.drain()
+        self.logged_step = self.state.global_step
+        return {name: line[name] for name in _FIRST_IN_LINE} | line
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self.file.append({"step": self.state.global_step, "epoch": self.state.epoch, **line})
 
     def log_evaluation(self, metrics: dict[str, float | None]) -> None:
         """A line of eval_* names only."""

@@ -6,14 +6,16 @@ import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.trainer_utils import align_special_tokens as transformers_align
 
 from megalign.conversion.families import architecture_of, rules_of
-from megalign.conversion.hf_files import HfReader, HfWriter, parse_size, read_config
+from megalign.conversion.hf_files import HfReader, HfWriter, align_special_tokens, parse_size, read_config
 from megalign.conversion.rules import hf_shapes
 from megalign.errors import UserError
 from tests.tiny import save_tiny_model
@@ -150,6 +152,35 @@ def test_companion_files_travel(model_dir: Path, tmp_path: Path) -> None:
     assert (target / "tokenizer.model").read_bytes() == b"pieces"
     names = {path.name for path in target.iterdir()}
     assert {"chat_template.jinja", "generation_config.json"} <= names and "README.md" not in names
+
+
+@pytest.mark.parametrize("generation", [None, 2, [2], [7, 2], [3, 7]])
+@pytest.mark.parametrize("config", [None, 2, 3, [3, 7], [7, 3]])
+def test_special_tokens_are_aligned_as_transformers_does(config: object, generation: object) -> None:
+    tokens = {"eos_token_id": 3, "pad_token_id": 0}
+    ours = ({"eos_token_id": config, "pad_token_id": 5}, {"eos_token_id": generation, "pad_token_id": None})
+    theirs = [SimpleNamespace(**values, bos_token_id=1) for values in ours]
+    theirs[0].get_text_config = lambda: theirs[0]
+    model = SimpleNamespace(config=theirs[0], generation_config=theirs[1])
+    tokenizer = SimpleNamespace(**tokens, bos_token_id=None)
+    assert align_special_tokens(*ours, tokens)
+    transformers_align(model, tokenizer)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert mine == {name: getattr(wanted, name) for name in mine}
+    assert not align_special_tokens(*ours, tokens)
+
+
+def test_special_tokens_reach_both_config_files(model_dir: Path, tmp_path: Path) -> None:
+    source = (model_dir / "generation_config.json").read_bytes()
+    same = write(tmp_path / "same", model_dir, special_tokens={"eos_token_id": 2})
+    assert (same / "generation_config.json").read_bytes() == source and read_config(same) == read_config(model_dir)
+    changed = write(tmp_path / "changed", model_dir, special_tokens={"eos_token_id": 3})
+    assert read_config(changed) == {**read_config(model_dir), "eos_token_id": 3}
+    assert json.loads((changed / "generation_config.json").read_text())["eos_token_id"] == [3, 2]
+    assert GenerationConfig.from_pretrained(changed).eos_token_id == [3, 2]
+    (model_dir / "generation_config.json").unlink()
+    alone = write(tmp_path / "alone", model_dir, special_tokens={"eos_token_id": 3})
+    assert read_config(alone)["eos_token_id"] == 3 and not (alone / "generation_config.json").exists()
 
 
 def test_writing_over_an_older_export_keeps_the_rest_and_drops_its_shards(model_dir: Path, tmp_path: Path) -> None:

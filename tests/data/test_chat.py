@@ -9,6 +9,7 @@ import trl
 from trl.data_utils import common_prefix_length as trl_common_prefix_length
 
 from megalign.data.chat import (
+    adapt_tokenizer,
     as_messages,
     assistant_tokens,
     chat_ids,
@@ -128,18 +129,17 @@ def test_common_prefix_is_trls(one: list[int], other: list[int]) -> None:
     assert common_prefix_length(one, other) == trl_common_prefix_length(one, other)
 
 
-def test_a_tokenizer_is_loaded_with_the_end_token_and_template_that_are_asked_for(tmp_path: Path) -> None:
+def test_a_tokenizer_gets_the_end_token_and_template_that_are_asked_for(tmp_path: Path) -> None:
     make_tokenizer(TEMPLATES["chatml"]).save_pretrained(tmp_path / "model")
     (tmp_path / "other.jinja").write_text("{{ messages[0]['content'] }}")
-    tokenizer = load_tokenizer(
-        str(tmp_path / "model"), eos_token="<|im_end|>", chat_template_path=str(tmp_path / "other.jinja")
-    )
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    tokenizer = adapt_tokenizer(loaded, eos_token="<|im_end|>", chat_template_path=str(tmp_path / "other.jinja"))
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.decode(chat_ids(tokenizer, [USER], options={})) == USER["content"]
     with pytest.raises(UserError, match="nosuch"):
-        load_tokenizer(str(tmp_path / "model"), eos_token="nosuch")
+        adapt_tokenizer(tokenizer, eos_token="nosuch")
     with pytest.raises(UserError, match=r"nosuch\.jinja"):
-        load_tokenizer(str(tmp_path / "model"), chat_template_path=str(tmp_path / "nosuch.jinja"))
+        adapt_tokenizer(tokenizer, chat_template_path=str(tmp_path / "nosuch.jinja"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(str(tmp_path / "empty"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import torch.distributed as dist
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from megalign.config import SFTConfig
-from megalign.data.reading import load_rows, load_split, mixed, once_per_job, take_rows
+from megalign.data import reading
+from megalign.data.reading import code_digest, load_rows, load_split, mixed, of_this_code, once_per_job, take_rows
 from megalign.errors import UserError
 from tests.ranks import RanksError, run_ranks
 
@@ -132,6 +136,90 @@ def test_a_bug_on_rank_0_leaves_no_rank_waiting(tmp_path: Path) -> None:
     with pytest.raises(RanksError) as caught:
         run_ranks(2, broken, str(tmp_path), timeout=60, fresh=True)
     assert "a bug" in str(caught.value) and "rank 0 failed to prepare" in str(caught.value)
+
+
+def slow_to_make(directory: str, seconds: float) -> tuple[list[dict[str, object]], float]:
+    def make() -> Dataset:
+        time.sleep(seconds)
+        return Dataset.from_list(ROWS)
+
+    started = time.monotonic()
+    set_timeout, usual = dist.distributed_c10d._set_pg_timeout, datetime.timedelta(seconds=300)
+    set_timeout(datetime.timedelta(seconds=1), dist.group.WORLD)
+    try:
+        rows = once_per_job(make, directory).to_list()
+    finally:
+        set_timeout(usual, dist.group.WORLD)
+    return rows, time.monotonic() - started
+
+
+def test_rows_may_take_longer_than_a_collective_may(tmp_path: Path) -> None:
+    for rows, seconds in run_ranks(2, slow_to_make, str(tmp_path), 3.0, fresh=True):
+        assert rows == ROWS and seconds > 3
+
+
+# ---- what datasets caches
+
+
+def test_rows_prepared_by_other_code_are_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared() -> str:
+        return of_this_code(rows).map(with_two)._fingerprint
+
+    rows = Dataset.from_list(ROWS)
+    first = prepared()
+    assert prepared() == first
+    monkeypatch.setattr(reading, "code_digest", lambda: "another version's")
+    assert prepared() != first
+    assert of_this_code(rows).to_list() == ROWS and rows._fingerprint != of_this_code(rows)._fingerprint
+
+
+def with_two(row: dict[str, object]) -> dict[str, object]:
+    return {"n": 2}
+
+
+def test_the_digest_is_of_the_code_that_makes_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = Path(reading.__file__).parent
+    shutil.copytree(room, tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(reading, "__file__", str(tmp_path / "data" / "reading.py"))
+    digest = code_digest.__wrapped__
+    assert digest() == code_digest()
+    file = tmp_path / "data" / "supervised.py"
+    file.write_text(file.read_text() + "\n")
+    assert digest() != code_digest()
+
+
+# ---- configurations
+
+
+CARD = """---
+configs:
+- config_name: short
+  data_files: short.jsonl
+- config_name: long
+  data_files: long.jsonl
+---
+"""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_is_one_that_the_directorys_card_lists(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "README.md").write_text(CARD)
+    write(tmp_path / "short.jsonl", ROWS[:1])
+    write(tmp_path / "long.jsonl", ROWS)
+    for config, wanted in {"short": ROWS[:1], "long": ROWS}.items():
+        args = SFTConfig(dataset_name=str(tmp_path), dataset_config=config, streaming=streaming, max_steps=1)
+        assert list(load_split(args, "train")) == wanted
+    for config in ("medium", None):
+        with pytest.raises(UserError, match=f"with dataset_config={config!r} cannot be read: .*short") as caught:
+            load_split(SFTConfig(dataset_name=str(tmp_path), dataset_config=config, streaming=streaming), "train")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_of_rows_that_have_none_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    for name, what in {write(tmp_path / "rows.jsonl"): "is a file", str(tmp_path / "saved"): "by save_to_disk"}.items():
+        with pytest.raises(UserError, match=f"dataset_config='main'.*{what}; leave it out"):
+            load_split(SFTConfig(dataset_name=name, dataset_config="main"), "train")
 
 
 # ---- several datasets

@@ -203,6 +203,24 @@ def test_tools_and_template_arguments_of_a_row_reach_the_template() -> None:
     assert make_tokenizer().decode(ids).startswith("add Hi<|im_start|>")
 
 
+def test_every_pass_over_the_rows_has_as_many_processes_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, fields = ROWS["prompt and completion"], {"max_length": 6}
+    alone = our_rows(rows, None, config(**fields))
+    asked: list[int | None] = []
+
+    def noting(method: Any) -> Any:
+        def call(self: Dataset, *given: Any, **options: Any) -> Dataset:
+            asked.append(options.get("num_proc"))
+            return method(self, *given, **options)
+
+        return call
+
+    for name in ("map", "filter"):
+        monkeypatch.setattr(Dataset, name, noting(getattr(Dataset, name)))
+    assert our_rows(rows, None, config(**fields, dataset_num_proc=2)) == alone
+    assert asked and set(asked) == {2}
+
+
 BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "no text": ([{"text": "one"}, {"text": None}], {}, "row 1.*'text'"),
     "no known column": ([{"body": "one"}], {}, "row 0.*'body'.*dataset_text_field"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from tests.jobs.inputs import save_model, sums, write_rows
 from tests.jobs.start import ROOT, Ended, free_port, run
+from tests.trainers.runs import metric_lines
 
 SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"))
 
@@ -49,10 +49,6 @@ def start(script: str, tmp_path: Path, *, nodes: int, ranks_per_node: int, field
     )
 
 
-def lines(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_8b_sft_runs_on_one_node(tmp_path: Path) -> None:
     fields = {
@@ -66,7 +62,7 @@ def test_8b_sft_runs_on_one_node(tmp_path: Path) -> None:
         "max_steps": 2,
     }
     start("sft_8b.sbatch", tmp_path, nodes=1, ranks_per_node=2, fields=fields).succeeded()
-    assert [line["step"] for line in lines(tmp_path / "out")] == [1, 2]
+    assert [line["step"] for line in metric_lines(tmp_path / "out")] == [1, 2]
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -91,7 +87,7 @@ def test_70b_grpo_runs_over_two_nodes(tmp_path: Path) -> None:
         "max_steps": 2,
     }
     start("grpo_70b.sbatch", tmp_path, nodes=2, ranks_per_node=2, fields=fields).succeeded()
-    steps = lines(tmp_path / "out")
+    steps = metric_lines(tmp_path / "out")
     assert [line["step"] for line in steps] == [1, 2]
     assert all("rewards/accuracy_reward/mean" in line for line in steps)
     assert (tmp_path / "out" / "model.safetensors").exists()

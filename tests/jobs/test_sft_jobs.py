@@ -44,6 +44,7 @@ def whole(here: Path) -> Path:
     words = ["--per-device-train-batch-size", "2", "--output_dir=two ranks", "--resume_from_checkpoint", "latest"]
     ended = run(torchrun(2, "-m", "megalign", "sft", "--config", "run.yaml", *words), here).succeeded()
     assert "megalign: no checkpoint in two ranks yet: training starts afresh" in ended.stdout
+    assert "Warning" not in ended.stderr
     return here / "two ranks"
 
 

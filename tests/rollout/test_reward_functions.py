@@ -145,13 +145,15 @@ def test_names_find_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("absent_module.f", ["no module 'absent_module'"]),
         ("json.JSONDecodr", ["'JSONDecodr'", "did you mean JSONDecoder?"]),
         ("get_cosine_scaled_reward", ["takes numbers", "rewards.py:reward"]),
-        ("org/reward-model", ["reward models are not built yet"]),
+        ("org/reward-model", ["'org/reward-model' is no directory in ", "a reward model's directory"]),
+        ("empty", ["'empty' is a directory without config.json", "ForSequenceClassification"]),
     ],
 )
 def test_a_wrong_name_is_named_with_the_nearest(
     name: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "my_rewards.py").write_text("def shortness(completions, **kwargs):\n    return [1.0]\n")
     with pytest.raises(UserError) as error:
         ours.resolve(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from megalign.batch import Completion
 from megalign.config import GRPOConfig
 from megalign.errors import UserError
 from megalign.parallel.groups import Axis, ParallelGroups, initialize
-from megalign.rollout.rewards import RewardResult, RewardRunner
+from megalign.rollout.rewards import RewardResult, RewardRunner, distinct
 from tests.ranks import run_ranks
 
 GROUP = 2
@@ -48,6 +49,25 @@ def score(functions: list[Any], count: int = 4, groups: ParallelGroups | None = 
     prompts = options.pop("prompts", [f"prompt {i // GROUP}" for i in range(count)])
     texts = [f"text {i}" for i in range(count)]
     return runner(completions(count), prompts, texts, group_size=GROUP, **options)
+
+
+def test_names_are_trls_and_each_is_of_one_function() -> None:
+    class Judge:
+        def __call__(self, **kwargs: Any) -> list[float]:
+            raise KeyError("no answer")
+
+    def length(completions: list[str], factor: float, **kwargs: Any) -> list[float]:
+        return [factor] * len(completions)
+
+    def fine(completions: list[str], **kwargs: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    fine.__name__ = "Judge"
+    functions = [functools.partial(length, factor=1.0), Judge(), functools.partial(length, factor=2.0), Judge()]
+    assert RewardRunner(functions, one_rank(), timeout=20).names == ["length", "Judge", "length_2", "Judge_2"]
+    with pytest.raises(UserError, match="reward function 'Judge_2': it raised KeyError"):
+        score([fine, Judge()])
+    assert distinct(["f", "f_2", "f"]) == ["f", "f_2", "f_3"]
 
 
 def test_functions_get_trls_arguments() -> None:

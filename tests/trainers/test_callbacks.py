@@ -87,6 +87,10 @@ def test_the_progress_bar_shows_loss_and_reward(monkeypatch: pytest.MonkeyPatch)
     progress.on_log(None, state, control, logs={"loss": 0.12345, "reward": 0.5, "entropy": 1.0})
     progress.on_log(None, state, control, logs={"eval_reward": 0.75})
     progress.on_train_end(None, state, control)
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    progress.on_log(None, state, control, logs={"eval_reward": 0.876543})  # evaluate() after train(): there is no bar
+    assert out.getvalue() == "{'eval_reward': '0.8765'}\n"
     shown = screen.getvalue()
     assert "loss=0.1235" in shown.replace(" ", "") or "loss=0.1234" in shown.replace(" ", "")
     assert "reward=0.5" in shown and "2/4" in shown

@@ -90,6 +90,11 @@ def test_completions_are_a_parquet_file_by_step(tmp_path: Path) -> None:
     assert read["source"] == ["x", None, "3", "y"]
 
 
+def test_completions_are_written_without_a_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_completions(str(tmp_path), 12, TABLE | {"prompt": ["p"] * 4})
+    assert capsys.readouterr().err == ""
+
+
 def test_completions_of_conversations_keep_their_messages(tmp_path: Path) -> None:
     conversation = [{"role": "user", "content": "1 + 1?"}]
     path = write_completions(str(tmp_path), 1, {"prompt": [conversation], "completion": ["2"]})

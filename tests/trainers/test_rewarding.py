@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,16 @@ def test_a_reward_model_scores_as_transformers_does_beside_functions(judge: str,
         assert torch.allclose(rewards[:, 1], torch.tensor(wanted), atol=1e-4)
         assert rewards[:, 0].tolist() == [0.25] * 5
         assert rewards[:, 2].tolist() == [2, 1, 4, 2, 1]
+
+
+def test_rewards_of_one_name_are_told_apart(judge: str, tmp_path: Path) -> None:
+    for place in "ab":
+        shutil.copytree(judge, tmp_path / place / "judge")
+    models = [str(tmp_path / place / "judge") for place in "ab"]
+    chosen = [lengths, models[0], functools.partial(lengths, unused=1), models[1], constant, lengths]
+    ((names, rewards),) = run_ranks(1, scored, judge, ONE_RANK, chosen)
+    assert names == ["lengths", "judge", "lengths_2", "judge_2", "constant", "lengths_3"]
+    assert rewards[:, 4].tolist() == [0.25] * 5 and rewards[:, 5].tolist() == [2, 1, 4, 2, 1]
 
 
 def test_a_reward_model_alone_is_enough(judge: str) -> None:

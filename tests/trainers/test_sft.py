@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from transformers import Trainer as HfTrainer
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
-from megalign.trainers.base import Trainer
 from megalign.trainers.grpo import GRPOTrainer
 from megalign.trainers.sft import SFTTrainer
 from tests.ranks import run_ranks
@@ -102,6 +102,29 @@ def test_the_tokenizer_is_left_as_it_was_trained_with(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "t5"}], tokenize=False) == "t5 "
     assert (tmp_path / "plain" / "tokenizer.json").read_bytes() == (Path(path) / "tokenizer.json").read_bytes()
     assert AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == "t2"
+    assert _end_tokens(tmp_path / "plain") == _end_tokens(Path(path)) == (2, 2)
+    assert _end_tokens(tmp_path / "changed") == (3, [3, 2])
+
+
+def _end_tokens(directory: Path) -> tuple[Any, Any]:
+    files = (directory / name for name in ("config.json", "generation_config.json"))
+    return tuple(json.loads(file.read_text())["eos_token_id"] for file in files)
+
+
+def test_a_given_tokenizer_is_changed_and_left_with_the_model_in_the_same_way(tmp_path: Path) -> None:
+    path = save_model_with_tokenizer(tmp_path / "model")
+    (tmp_path / "turns.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    changed = {"eos_token": "t3", "chat_template_path": str(tmp_path / "turns.jinja")}
+    for name, fields in {"as it is": {}, "changed": changed}.items():
+        given = AutoTokenizer.from_pretrained(path, eos_token="t9")
+        fields = {"output_dir": str(tmp_path / name), "max_steps": 1, **fields}
+        run_ranks(1, train_sft, path, token_rows(4), fields, {"processing_class": given})
+    assert _end_tokens(tmp_path / "as it is") == (9, [9, 2])
+    assert AutoTokenizer.from_pretrained(tmp_path / "as it is").eos_token == "t9"
+    assert _end_tokens(tmp_path / "changed") == (3, [3, 2])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "changed")
+    assert tokenizer.eos_token == "t3"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "t5"}], tokenize=False) == "t5 "
 
 
 def _files_and_evaluations(path: str, fields: dict[str, Any]) -> tuple[tuple[bool, bool], tuple[Any, Any]]:
@@ -150,6 +173,20 @@ def test_metrics_file_has_a_full_line_for_each_logged_step(model: str, tmp_path:
     assert names <= lines[0].keys()
     assert lines[-1]["num_tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert result["output"].training_loss == pytest.approx(sum(losses) / 4)
+
+
+def test_a_run_shorter_than_a_logging_window_leaves_its_steps_and_its_summary(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "max_steps": 3, "logging_steps": 2}
+    (result,) = run_ranks(1, train_sft, model, token_rows(8), fields)
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in written] == [2, 3]
+    summary = result["output"].metrics
+    assert written[1] == {**written[1], "epoch": 0.75, **summary}
+    losses = written[0]["loss"], written[1]["loss"]
+    assert summary["train_loss"] == pytest.approx((2 * losses[0] + losses[1]) / 3)
+    assert {"grad_norm", "learning_rate", "num_tokens"} <= written[1].keys()
+    # What callbacks hear is transformers' alone.
+    assert [line["step"] for line in result["history"]] == [2, 3] and "loss" not in result["history"][-1]
 
 
 def test_events_are_those_of_transformers_trainer(model: str, tmp_path: Path) -> None:
@@ -244,7 +281,7 @@ def test_a_layout_that_does_not_divide_is_named_before_rows_are_read(tmp_path: P
 def test_every_argument_of_trls_constructor_is_taken_or_refused_by_name(ours: type, theirs: str) -> None:
     import trl
 
-    taken = set(inspect.signature(Trainer.__init__).parameters) | {"reward_funcs"}
+    taken = {name for kind in ours.__mro__ for name in inspect.signature(kind.__init__).parameters}
     for name in inspect.signature(getattr(trl, theirs).__init__).parameters:
         if name not in taken:
             with pytest.raises(UserError, match=f"{theirs}\\({name}=...\\) is refused: .+"):
