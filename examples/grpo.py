@@ -26,7 +26,7 @@ def main() -> None:
     """Train on the sums' prompts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="quickstart/smollm2")
-    parser.add_argument("--output", default="runs/grpo")
+    parser.add_argument("--output", default="runs/grpo_script")
     parser.add_argument("--max-steps", type=int, default=20)
     options = parser.parse_args()
 
@@ -34,7 +34,6 @@ def main() -> None:
     args = GRPOConfig(
         output_dir=options.output,
         pipeline_model_parallel_size=2,
-        bf16=True,
         num_generations=8,
         reward_weights=[1.0, 0.01],
         per_device_train_batch_size=8,
@@ -42,6 +41,7 @@ def main() -> None:
         max_completion_length=12,
         vllm_max_model_length=64,
         learning_rate=3e-5,
+        lr_scheduler_type="constant",
         max_steps=options.max_steps,
         logging_steps=1,
         log_completions=True,

@@ -18,7 +18,7 @@ def main() -> None:
     """Train on the sums' worked answers."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="quickstart/smollm2")
-    parser.add_argument("--output", default="runs/sft")
+    parser.add_argument("--output", default="runs/sft_script")
     parser.add_argument("--max-steps", type=int, default=20)
     options = parser.parse_args()
 
@@ -27,11 +27,12 @@ def main() -> None:
     args = SFTConfig(
         output_dir=options.output,
         pipeline_model_parallel_size=2,
-        bf16=True,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
-        learning_rate=2e-5,
         max_length=64,
+        learning_rate=2e-5,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
         max_steps=options.max_steps,
         logging_steps=1,
         save_strategy="no",

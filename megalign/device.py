@@ -41,6 +41,12 @@ def select_device() -> None:
     torch.cuda.set_device(local_rank if count > 1 else 0)
 
 
+def multiplies_bf16() -> bool:
+    """Whether the device multiplies matrices in bf16 itself; a processor without it takes several times fp32's time."""
+    able = torch.cpu.get_capabilities()
+    return on_cuda() or any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
 def synchronize() -> None:
     """Waits for the device, so that a wall-clock time means what it says."""
     if on_cuda():

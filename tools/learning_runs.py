@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 
 import megalign
+from megalign.device import multiplies_bf16
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples/quickstart"))
 from sums import split, sum_reward
@@ -52,7 +53,7 @@ def make_trainer(algorithm: str, options: argparse.Namespace, output: Path) -> A
         args=getattr(megalign, f"{name}Config")(
             output_dir=str(output),
             pipeline_model_parallel_size=options.pipeline,
-            bf16=True,
+            bf16=multiplies_bf16(),
             max_steps=options.steps,
             learning_rate=3e-5,
             lr_scheduler_type="constant",

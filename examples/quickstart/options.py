@@ -30,7 +30,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-5, help="[%(default)s]")
     parser.add_argument("--completions", type=int, default=32, help="a step, in groups of 8 [%(default)s]")
     parser.add_argument("--microbatch", type=int, default=8, help="completions a rank takes at once [%(default)s]")
-    parser.add_argument("--fp32", action="store_true", help="train in fp32 instead of bf16")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="auto is bf16 where the processor multiplies in it [%(default)s]",
+    )
     return parser.parse_args(words)
 
 

@@ -18,6 +18,7 @@ import matplotlib
 from datasets import Dataset
 
 from megalign import GRPOConfig, GRPOTrainer
+from megalign.device import multiplies_bf16
 
 sys.path.insert(0, str(Path(__file__).parent))  # torchrun started elsewhere does not add it
 from options import arguments
@@ -49,7 +50,7 @@ def main() -> None:
     args = GRPOConfig(
         output_dir=str(options.output / "model"),
         pipeline_model_parallel_size=2,
-        bf16=not options.fp32,
+        bf16=multiplies_bf16() if options.dtype == "auto" else options.dtype == "bf16",
         max_steps=options.steps,
         per_device_train_batch_size=options.microbatch,
         gradient_accumulation_steps=options.completions // options.microbatch,

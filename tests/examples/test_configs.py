@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from megalign.cli import read_yaml
-from megalign.config import GRPOConfig, SFTConfig
-from tests.jobs.start import ROOT
+from megalign.config import (
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    LoopConfig,
+    ORPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+)
+from tests.jobs.start import ROOT, run
 
 # File, config, ranks, and the data-parallel replicas that its comment promises.
 CONFIGS = [
     ("examples/sft.yaml", SFTConfig, 2, 1),
+    ("examples/reward.yaml", RewardConfig, 2, 1),
+    ("examples/dpo.yaml", DPOConfig, 2, 1),
+    ("examples/kto.yaml", KTOConfig, 2, 1),
+    ("examples/orpo.yaml", ORPOConfig, 2, 1),
+    ("examples/ppo.yaml", PPOConfig, 2, 1),
     ("examples/grpo.yaml", GRPOConfig, 2, 1),
+    ("examples/rloo.yaml", RLOOConfig, 2, 1),
     ("examples/slurm/sft_8b.yaml", SFTConfig, 8, 2),
     ("examples/slurm/grpo_8b.yaml", GRPOConfig, 8, 2),
     ("examples/slurm/grpo_70b.yaml", GRPOConfig, 64, 2),
@@ -27,9 +45,7 @@ def test_every_yaml_file_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(("name", "config", "ranks", "replicas"), CONFIGS)
-def test_a_yaml_file_is_valid_for_its_ranks(
-    name: str, config: type[SFTConfig] | type[GRPOConfig], ranks: int, replicas: int
-) -> None:
+def test_a_yaml_file_is_valid_for_its_ranks(name: str, config: type[LoopConfig], ranks: int, replicas: int) -> None:
     args = config(**read_yaml(config, str(ROOT / name)))
     args.validate(ranks)
     assert args.data_parallel_size(ranks) == replicas
@@ -55,6 +71,30 @@ def test_sum_reward_reads_the_last_number() -> None:
     texts = ["3 + 4 = 7", "The answer is 7.", "7 = 3 + 4", "seven", "77"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     assert sums["sum_reward"](completions, [7] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_quickstart_reads_its_flags_before_it_deletes(tmp_path: Path) -> None:
+    for name in ("quickstart.sh", "quickstart/options.py"):
+        (tmp_path / "examples" / name).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(ROOT / "examples" / name, tmp_path / "examples" / name)
+    result = tmp_path / "quickstart" / "result.json"
+    result.parent.mkdir()
+    result.write_text("{}")
+    script = ["bash", str(tmp_path / "examples" / "quickstart.sh")]
+    told = {
+        ("--stepz", "3"): "unrecognized arguments: --stepz 3",
+        ("--steps", "three"): "--steps: invalid int value: 'three'",
+        ("--step", "3"): "unrecognized arguments: --step 3",
+    }
+    for words, message in told.items():
+        ended = run([*script, *words], tmp_path, PYTHON=sys.executable)
+        (line,) = ended.stderr.splitlines()
+        assert (ended.status, ended.stdout) == (2, "") and line.startswith("megalign: error: ") and message in line
+    ended = run([*script, "--steps", "3", "--help"], tmp_path, PYTHON=sys.executable)
+    assert (ended.status, ended.stderr) == (0, "") and "--learning-rate" in ended.stdout
+    assert result.exists()
+    # The flags are right here, so it goes on to the installation.
+    assert "tools/install.sh" in run([*script, "--steps", "3"], tmp_path, PYTHON=sys.executable).stderr
 
 
 def test_scripts_find_the_repository_from_anywhere() -> None:
