@@ -172,12 +172,14 @@ class TrainEngine:
 
     @contextmanager
     def kept_as_it_was(self) -> Iterator[None]:
-        """Awake inside the block, and asleep after it if it was before."""
+        """Awake as the block begins, and after it as it was before, whatever the block did."""
         was_asleep = self._offload.asleep
         self.wake()
         yield
         if was_asleep:
             self.sleep()
+        else:
+            self.wake()
 
     def _resident_tensors(self) -> Iterator[Tensor]:
         for model in self._models:

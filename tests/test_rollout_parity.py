@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megalign.algos.supervised import sft_loss
 from megalign.batch import Batch, Completion
 from megalign.config import GRPOConfig
-from megalign.data.collate import completion_batch, pack
+from megalign.data.collate import completion_sequences, pack
 from megalign.parallel.groups import initialize
 from megalign.resharding.sync import sync_weights
 from megalign.rollout.engine import GenerationParams
@@ -56,7 +56,7 @@ def sample(rollout: Any, groups: Any) -> list[Completion]:
 
 def difference(policy: TrainEngine, completions: list[Completion]) -> float:
     assert len(completions) == len(PROMPTS)
-    batch = completion_batch(completions, mask_truncated_completions=False, temperature=TEMPERATURE)
+    batch = pack(completion_sequences(completions, mask_truncated_completions=False, temperature=TEMPERATURE))
     (columns,) = policy.forward([batch], ("logprobs",))
     gap = (columns["logprobs"] - batch["rollout_logprobs"])[batch["loss_mask"]]
     assert len(gap) == sum(len(completion.completion_ids) for completion in completions)

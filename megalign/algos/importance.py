@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megalign.algos import masked as reduce
-from megalign.algos.masked import loss_column, masked, sequence_token_means
+from megalign.algos.masked import loss_column, masked, maximum, minimum, sequence_mean, sequence_token_means, token_mean
 from megalign.batch import Batch, Counts, Metric
 
 CorrectionMode = Literal["sequence_mask", "sequence_truncate", "token_mask", "token_truncate"]
@@ -71,6 +70,15 @@ def _sampler_difference(batch: Batch) -> Tensor:
     return batch["old_logprobs"] - batch["rollout_logprobs"]
 
 
+def _scored(batch: Batch) -> Tensor:
+    """[T] the loss tokens with a sampler logprob; vLLM gives NaN for those that it could not score."""
+    return batch["loss_mask"] & ~_sampler_difference(batch).isnan()
+
+
+# Taken as zeros, tokens without a score would understate the difference.
+SAMPLING_COUNTS = {"scored_tokens": lambda batch: _scored(batch).sum()}
+
+
 def sampling_metrics(
     batch: Batch,
     counts: Counts,
@@ -78,28 +86,25 @@ def sampling_metrics(
     mode: CorrectionMode,
     clip_max: float | None,
     clip_min: float | None = None,
-    scored_tokens: float | None = None,
 ) -> dict[str, Metric]:
     """TRL's sampling/*: |old - sampler logprob| over loss tokens, and the corrected ratios.
 
-    `counts` are those of the whole generation batch; `scored_tokens` is the global count of loss tokens
-    with a sampler logprob, where some have none (NaN). Extremes are over the job, and neutral (+-inf) where
-    nothing counts.
+    `counts` are those of the whole generation batch, SAMPLING_COUNTS among them. Extremes are over the job, and
+    neutral (+-inf) where nothing counts.
     """
     mask = batch["loss_mask"]
     difference = _sampler_difference(batch).abs()
-    scored = mask & ~difference.isnan()
-    num_scored = counts.tokens if scored_tokens is None else scored_tokens
+    scored = _scored(batch)
     ratios = _ratios(batch, mode, clip_max=clip_max, clip_min=clip_min)
     if mode.startswith("sequence"):
-        mean = reduce.sequence_mean(ratios, counts.sequences)
+        mean = sequence_mean(ratios, counts.sequences)
     else:
-        mean = reduce.token_mean(ratios, mask, counts.tokens)
+        mean = token_mean(ratios, mask, counts.tokens)
         ratios = ratios[mask]
     return {
-        "sampling/sampling_logp_difference/mean": reduce.token_mean(difference, scored, num_scored),
-        "sampling/sampling_logp_difference/max": reduce.maximum(difference[scored]),
-        "sampling/importance_sampling_ratio/min": reduce.minimum(ratios),
+        "sampling/sampling_logp_difference/mean": token_mean(difference, scored, counts["scored_tokens"]),
+        "sampling/sampling_logp_difference/max": maximum(difference[scored]),
+        "sampling/importance_sampling_ratio/min": minimum(ratios),
         "sampling/importance_sampling_ratio/mean": mean,
-        "sampling/importance_sampling_ratio/max": reduce.maximum(ratios),
+        "sampling/importance_sampling_ratio/max": maximum(ratios),
     }

@@ -12,12 +12,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megalign.algos import masked as reduce
 from megalign.algos.columns import sequence_column
 from megalign.algos.entropy import bonus_mask, entropy_bonus
 from megalign.algos.importance import off_policy_mask
 from megalign.algos.kl import k3
-from megalign.algos.masked import loss_column, masked
+from megalign.algos.masked import loss_column, masked, maximum, minimum, sequence_mean, sequence_token_means, token_mean
 from megalign.algos.surrogates import cispo_loss, clipped_policy_loss, sapo_loss, vespo_weights
 from megalign.batch import Batch, Counts, Metric
 
@@ -33,7 +32,7 @@ def log_importance_ratio(logprobs: Tensor, old_logprobs: Tensor, batch: Batch, *
     if level == "token":
         return log_ratio
     assert level == "sequence", f"importance_sampling_level={level!r}"
-    return batch.per_token(reduce.sequence_token_means(log_ratio, batch))
+    return batch.per_token(sequence_token_means(log_ratio, batch))
 
 
 def aggregated(
@@ -52,7 +51,7 @@ def aggregated(
     dapo, cispo, vespo: mean over the generation batch's tokens, a step's share.
     """
     if loss_type in ("grpo", "sapo"):
-        return reduce.sequence_token_means(token_losses, batch).sum() / max(counts.sequences, 1.0)
+        return sequence_token_means(token_losses, batch).sum() / max(counts.sequences, 1.0)
     denominators = {
         "luspo": counts.sequences,
         "bnpo": counts.tokens,
@@ -148,12 +147,12 @@ def grpo_loss(
     losses = losses * _kept(step, off_policy_mask_threshold, top_entropy_quantile)
     if weights is not None:
         losses = losses * weights
-    metrics["entropy"] = reduce.token_mean(outputs["entropy"], batch["loss_mask"], counts.tokens)
+    metrics["entropy"] = token_mean(outputs["entropy"], batch["loss_mask"], counts.tokens)
     if beta != 0.0:
         kl = k3(step.logprobs, loss_column(batch, "ref_logprobs", step.logprobs))
         kl = kl * step.ratio if use_bias_correction_kl else kl
         losses = losses + beta * kl
-        metrics["kl"] = reduce.token_mean(kl, batch["loss_mask"], counts.tokens)
+        metrics["kl"] = token_mean(kl, batch["loss_mask"], counts.tokens)
     loss = aggregated(losses, batch, counts, loss_type=loss_type, max_completion_length=max_completion_length)
     if entropy_coef is not None:
         metrics["policy_loss"] = Metric(loss.detach())
@@ -188,7 +187,7 @@ def _vespo(step: _Step, weights: Tensor | None, **shape: float) -> tuple[Tensor,
     """[T] losses, and vespo/phi_seq_mean."""
     phi = vespo_weights(step.log_ratio, step.advantages, step.batch, importance_weights=weights, **shape)
     losses = -step.batch.per_token(phi * step.advantages) * step.logprobs
-    return losses, {"vespo/phi_seq_mean": reduce.sequence_mean(phi, step.counts.sequences)}
+    return losses, {"vespo/phi_seq_mean": sequence_mean(phi, step.counts.sequences)}
 
 
 def _kept(step: _Step, off_policy_mask_threshold: float | None, top_entropy_quantile: float) -> Tensor:
@@ -205,9 +204,9 @@ def level_mean(values: Tensor, batch: Batch, counts: Counts, *, level: Level) ->
     sequence without loss tokens counts as 0.
     """
     if level == "token":
-        return reduce.token_mean(values, batch["loss_mask"], counts.tokens)
+        return token_mean(values, batch["loss_mask"], counts.tokens)
     # Every token of a sequence carries the same value, so its mean is that value.
-    return reduce.sequence_mean(reduce.sequence_token_means(values, batch), counts.sequences)
+    return sequence_mean(sequence_token_means(values, batch), counts.sequences)
 
 
 def clip_metrics(
@@ -229,6 +228,6 @@ def clip_metrics(
         f"clip_ratio/{name}_mean": level_mean(values, batch, counts, level=level)
         for name, values in (("low", low), ("high", high), ("region", torch.maximum(low, high)))
     }
-    metrics["clip_ratio/low_min"] = reduce.minimum(reduce.sequence_token_means(low, batch)[has_tokens])
-    metrics["clip_ratio/high_max"] = reduce.maximum(reduce.sequence_token_means(high, batch)[has_tokens])
+    metrics["clip_ratio/low_min"] = minimum(sequence_token_means(low, batch)[has_tokens])
+    metrics["clip_ratio/high_max"] = maximum(sequence_token_means(high, batch)[has_tokens])
     return metrics

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalign.algos import masked as reduce
-from megalign.algos.masked import loss_column, masked
+from megalign.algos.masked import loss_column, masked, sequence_mean, token_mean
 from megalign.algos.surrogates import clipped_policy_loss
 from megalign.batch import Batch, Counts, Metric
 
@@ -52,9 +51,9 @@ def objective_metrics(kl: Tensor, batch: Batch, counts: Counts, *, kl_coef: floa
     sums = batch.per_sequence_sum(masked(kl, batch["loss_mask"]))
     surprise = batch.per_sequence_sum(-loss_column(batch, "old_logprobs", kl))
     return {
-        "objective/kl": reduce.sequence_mean(sums, counts.sequences),
-        "objective/entropy": reduce.sequence_mean(surprise, counts.sequences),
-        "objective/non_score_reward": reduce.sequence_mean(-kl_coef * sums, counts.sequences),
+        "objective/kl": sequence_mean(sums, counts.sequences),
+        "objective/entropy": sequence_mean(surprise, counts.sequences),
+        "objective/non_score_reward": sequence_mean(-kl_coef * sums, counts.sequences),
     }
 
 
@@ -90,7 +89,7 @@ def ppo_policy_loss(
         "val/ratio": ratio,
         "val/ratio_var": (ratio - 1).square(),
     }
-    metrics = {name: reduce.token_mean(column, mask, counts.tokens) for name, column in columns.items()}
+    metrics = {name: token_mean(column, mask, counts.tokens) for name, column in columns.items()}
     return loss, {"loss/policy_avg": Metric(loss.detach()), **metrics}
 
 
@@ -116,6 +115,6 @@ def ppo_value_loss(
     mean = 0.5 * torch.max(errors, clipped_errors).sum() / max(counts.tokens, 1.0)
     metrics = {
         "loss/value_avg": Metric(mean.detach()),
-        "val/clipfrac_avg": reduce.token_mean((clipped_errors > errors).float(), mask, counts.tokens),
+        "val/clipfrac_avg": token_mean((clipped_errors > errors).float(), mask, counts.tokens),
     }
     return vf_coef * mean, metrics

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megalign.algos import masked as reduce
 from megalign.algos.advantages import STD_OFFSET, combined_rewards, nanstd, reward_stds, reward_summary
 from megalign.algos.columns import sequence_column
 from megalign.algos.kl import k1
-from megalign.algos.masked import loss_column, masked
+from megalign.algos.masked import loss_column, masked, maximum, minimum, sequence_mean, token_mean
 from megalign.algos.surrogates import clipped_policy_loss
 from megalign.batch import Batch, Counts, Metric
 
@@ -34,7 +33,7 @@ def sequence_kl(batch: Batch) -> Tensor:
 
 def kl_metrics(batch: Batch, counts: Counts) -> dict[str, Metric]:
     """TRL's `kl`: this microbatch's share of the mean of k1 over the loss tokens that `counts` counts."""
-    return {"kl": reduce.token_mean(_token_kl(batch), batch["loss_mask"], counts.tokens)}
+    return {"kl": token_mean(_token_kl(batch), batch["loss_mask"], counts.tokens)}
 
 
 def _token_kl(batch: Batch) -> Tensor:
@@ -128,7 +127,7 @@ def rloo_loss(
     losses = clipped_policy_loss(ratio, advantages, epsilon=epsilon, epsilon_high=high)
     low = (ratio < 1 - epsilon) & (advantages < 0)
     above = (ratio > 1 + high) & (advantages > 0)
-    metrics = {"entropy": reduce.token_mean(outputs["entropy"], batch["loss_mask"], counts.tokens)}
+    metrics = {"entropy": token_mean(outputs["entropy"], batch["loss_mask"], counts.tokens)}
     metrics |= _clip_metrics(low.float(), above.float(), counts)
     return losses.sum() / max(counts.sequences, 1.0), metrics
 
@@ -136,9 +135,9 @@ def rloo_loss(
 def _clip_metrics(low: Tensor, high: Tensor, counts: Counts) -> dict[str, Metric]:
     """TRL's clip_ratio/*, of sequences; the extremes are over the step."""
     return {
-        "clip_ratio/low_mean": reduce.sequence_mean(low, counts.sequences),
-        "clip_ratio/low_min": reduce.minimum(low),
-        "clip_ratio/high_mean": reduce.sequence_mean(high, counts.sequences),
-        "clip_ratio/high_max": reduce.maximum(high),
-        "clip_ratio/region_mean": reduce.sequence_mean(torch.maximum(low, high), counts.sequences),
+        "clip_ratio/low_mean": sequence_mean(low, counts.sequences),
+        "clip_ratio/low_min": minimum(low),
+        "clip_ratio/high_mean": sequence_mean(high, counts.sequences),
+        "clip_ratio/high_max": maximum(high),
+        "clip_ratio/region_mean": sequence_mean(torch.maximum(low, high), counts.sequences),
     }

@@ -90,17 +90,28 @@ def known_values(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]
             raise unknown_name([cls], name)
         refusal = cls.refused[name]
         if not is_inert(refusal, value):
-            raise UserError(f"{name}={value!r} is refused: {refusal.reason}; nearest: {refusal.nearest}")
+            raise UserError(f"{name}={value!r} is refused: {refusal}")
     return {name: value for name, value in values.items() if name in known}
+
+
+def field_of(cls: type[Config], name: str) -> str | None:
+    """The config's field of this name, or of the name that this one has now."""
+    known = specs(cls)
+    return name if name in known else present_name(name, known)
+
+
+def present_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that an earlier version's has now."""
+    return next((word for word in RENAMED.get(name, ()) if word in known), None)
 
 
 def unknown_name(classes: Sequence[type], name: str, others: Iterable[str] = ()) -> UserError:
     """The error for a name that is no field of any of the classes and not refused, with the nearest right one."""
     known = [field_name for cls in classes for field_name in specs(cls)]
     owners = " or ".join(cls.__name__ for cls in classes)
-    present = [word for word in RENAMED.get(name, ()) if word in known][:1]
-    if present:
-        return UserError(f"{name} is not a field of {owners}: its name is {present[0]}; write {present[0]}")
+    present = present_name(name, known)
+    if present is not None:
+        return UserError(f"{name} is not a field of {owners}: its name is {present}; write {present}")
     # "batch_size" should find per_device_train_batch_size, which difflib's ratio alone ranks low.
     near = difflib.get_close_matches(name, [*known, *others], n=1)
     near = near or [field_name for field_name in known if name in field_name][:1]

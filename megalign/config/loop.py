@@ -162,8 +162,7 @@ class LoopConfig(Config):
             elif name not in MODEL_INIT:
                 raise UserError(f"model_init_kwargs has {name!r}, which is not read here; only dtype is")
             elif not is_inert(MODEL_INIT[name], value):
-                reason, nearest, _ = MODEL_INIT[name]
-                raise UserError(f"model_init_kwargs={{{name!r}: {value!r}}} is refused: {reason}; nearest: {nearest}")
+                raise UserError(f"model_init_kwargs={{{name!r}: {value!r}}} is refused: {MODEL_INIT[name]}")
 
     def _take_dtype(self, name: str, value: Any) -> str | None:
         """The dtype's name; bfloat16 is what bf16=True means."""

@@ -41,7 +41,7 @@ class PPOConfig(OnlineConfig):
     """eos ends a completion at the tokenizer's end token. (Also when neither this nor stop_token_id is given;
     TRL's None samples on to the full length.)"""
     stop_token_id: int | None = option(None, minimum=0)
-    """Token that ends a completion, in place of the tokenizer's."""
+    """Token that alone ends a completion, in place of the tokenizer's and the model's."""
     missing_eos_penalty: float | None = option(None, above=0)
     """What is taken off the score of a completion that did not end by itself."""
     total_episodes: int | None = option(None, minimum=1)

@@ -25,6 +25,9 @@ class Refusal(NamedTuple):
     nearest: str
     inert: tuple[Any, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.reason}; nearest: {self.nearest}"
+
 
 def is_inert(refusal: Refusal, value: Any) -> bool:
     """Whether `value` is accepted; False is not 0, and the values need not be hashable."""
@@ -82,8 +85,10 @@ TRAINING: Mapping[str, Refusal] = (
         ),
         "dtype": Refusal("bf16 says it: bfloat16 with fp32 master weights, or float32", "bf16"),
         "torch_dtype": Refusal("bf16 says it: bfloat16 with fp32 master weights, or float32", "bf16"),
-        "attn_implementation": Refusal("attention is Megatron's", "context_parallel_size", (None,)),
-        "pad_to_multiple_of": Refusal("batches are packed and never padded", "max_steps", ("auto", None)),
+        "attn_implementation": Refusal("attention is Megatron's, exact and packed", "gradient_checkpointing", (None,)),
+        "pad_to_multiple_of": Refusal(
+            "batches are packed and never padded", "per_device_train_batch_size", ("auto", None)
+        ),
         # several ranks
         "accelerator_config": Refusal(SPLIT, "tensor_model_parallel_size", (None, {})),
         "parallelism_config": Refusal(SPLIT, "tensor_model_parallel_size", (None,)),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megalign.batch import Batch, Completion
+from megalign.data.sampler import shard
+
+if TYPE_CHECKING:
+    from megalign.parallel.groups import ParallelGroups
 
 
 def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_multiple: int = 1) -> Batch:
@@ -42,6 +46,22 @@ def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_
             name: torch.tensor([float(sequence[name]) for sequence in sequences]) for name in sequence_names
         },
     )
+
+
+def packed_share(
+    rows: Sequence[int],
+    sequences_of: Callable[[list[int]], Sequence[Mapping[str, Any]]],
+    groups: ParallelGroups,
+    *,
+    micro_batch: int,
+) -> list[tuple[list[int], Batch]]:
+    """This data-parallel rank's packed microbatches of one global batch, each behind its rows.
+
+    `sequences_of` gives the sequences of some of the rows, a row's own as neighbours. A rank without rows has one
+    dummy microbatch, since every rank has to take part in the step.
+    """
+    parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
+    return [(part, pack(sequences_of(part), multiple=groups.token_multiple)) for part in parts]
 
 
 def _rounded_up(value: int, multiple: int) -> int:
@@ -95,27 +115,21 @@ def completion_sequence(completion: Completion, *, mask_truncated_completions: b
     }
 
 
-def completion_batch(
-    completions: Sequence[Completion],
-    *,
-    mask_truncated_completions: bool,
-    temperature: float | None = None,
-    multiple: int = 1,
-    sequence_multiple: int = 1,
-) -> Batch:
-    """Completions -> one Batch with token columns loss_mask and rollout_logprobs (0 on prompts).
+def completion_sequences(
+    completions: Sequence[Completion], *, mask_truncated_completions: bool, temperature: float | None = None
+) -> list[dict[str, Any]]:
+    """Completions as `pack` takes them, with token columns loss_mask and rollout_logprobs (0 on prompts).
 
     Sequence columns: `index`, a completion's place in the job; `ended`, 1 if it came to its end by itself; and
     `temperature` (the sampler's) when given.
     """
-    sequences: list[dict[str, Any]] = []
-    for completion in completions:
-        sequence: dict[str, Any] = completion_sequence(
-            completion, mask_truncated_completions=mask_truncated_completions
-        )
-        sequence["index"] = completion.index
-        sequence["ended"] = completion.finish_reason == "stop"
-        if temperature is not None:
-            sequence["temperature"] = temperature
-        sequences.append(sequence)
-    return pack(sequences, multiple=multiple, sequence_multiple=sequence_multiple)
+    heat = {} if temperature is None else {"temperature": temperature}
+    return [
+        {
+            **completion_sequence(completion, mask_truncated_completions=mask_truncated_completions),
+            "index": completion.index,
+            "ended": completion.finish_reason == "stop",
+            **heat,
+        }
+        for completion in completions
+    ]

@@ -72,6 +72,7 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     global _made
     megatron_patches.install()
     start_distributed(timeout_s)
+    args.validate(dist.get_world_size())
     layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     if _made is not None and _made[1].world.group is not dist.group.WORLD:
         _destroy(_made[2])  # the job's groups were ended, Megatron's with them, and it does not know
@@ -79,12 +80,6 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     if _made is not None and _made[0] == layout:
         _set_timeout([dist.group.WORLD, *_made[2]], timeout_s)
         return _made[1]
-    world, model = dist.get_world_size(), math.prod(layout)
-    if world % model:
-        raise UserError(
-            f"world size {world} is not divisible by tensor x pipeline x context parallel size "
-            f"{layout[0]} x {layout[1]} x {layout[2]} = {model}; start a multiple of {model} ranks"
-        )
     if _made is not None:
         _destroy(_made[2])
         _made = None

@@ -255,7 +255,8 @@ def _number(index: int, value: Any) -> float:
 def _callable(function: Any) -> RewardFunction:
     if isinstance(function, torch.nn.Module):
         raise UserError(
-            f"reward function {type(function).__name__} is a model: reward models are not built yet; give a function"
+            f"reward function {type(function).__name__} is a model object; name its directory, a "
+            "*ForSequenceClassification, of which each rank reads its own slices"
         )
     if not callable(function):
         raise UserError(f"reward function {function!r} is neither a function nor a name; give one of them")

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
 from transformers import TrainerCallback
 
+from megalign.config.base import field_of
 from megalign.data.reading import as_table, take_rows
 from megalign.errors import UserError
 
@@ -28,14 +29,10 @@ COMMON_REFUSED = {
 }
 
 
-# Spellings of earlier TRL versions, with the present word.
+# Arguments of earlier TRL versions, with the present word.
 RENAMED = {
     "config": "args",
     "tokenizer": "processing_class",
-    "max_seq_length": "args=SFTConfig(max_length=...)",
-    "dataset_text_field": "args=SFTConfig(dataset_text_field=...)",
-    "packing": "args=SFTConfig(packing=...)",
-    "beta": "args=DPOConfig(beta=...)",
     "reward_model": "reward_funcs",
     "ppo_config": "args",
 }
@@ -47,6 +44,9 @@ def refuse_arguments(trainer: type, refused: Mapping[str, str], given: Mapping[s
     for name, value in given.items():
         if name not in known and name in RENAMED:
             raise UserError(f"{trainer.__name__} has no argument {name}: it is now {RENAMED[name]}")
+        if name not in known and (field := field_of(trainer.config_class, name)) is not None:
+            config = trainer.config_class.__name__
+            raise UserError(f"{trainer.__name__} has no argument {name}: it is now args={config}({field}=...)")
         if name not in known:
             names = ["train_dataset", "eval_dataset", "processing_class", "callbacks", *known]
             near = difflib.get_close_matches(name, names, n=1)

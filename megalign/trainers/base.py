@@ -85,7 +85,6 @@ class Trainer:
             )
         self.args = args
         self.groups = initialize(args, timeout_s=args.ddp_timeout)
-        args.validate(self.groups.world.size)
         arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
         self.architecture = architecture_of(read_config(self.model_path))
@@ -93,7 +92,7 @@ class Trainer:
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)
-        self.check()
+        self.make_parts()
         arguments.make_output_dir(args.output_dir)
         set_seed(args.seed)
         self.train_rows = self._prepare(train_dataset, "train_dataset")
@@ -133,8 +132,8 @@ class Trainer:
         """What a checkpoint keeps whole: every engine whose weights change, by the name of its directory."""
         return {"engine": self.policy}
 
-    def check(self) -> None:
-        """Raises what is known to be wrong before rows are prepared and weights are read."""
+    def make_parts(self) -> None:
+        """What the trainer is made of beside rows and weights, and so the first to be known as wrong."""
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
         """The rows that the trainer works on; called once in the job."""

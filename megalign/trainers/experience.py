@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalign.algos.importance import rollout_importance_weights, sampling_metrics
+from megalign.algos.importance import SAMPLING_COUNTS, rollout_importance_weights, sampling_metrics
 from megalign.batch import Batch, Completion, Counts
-from megalign.data.collate import completion_batch, completion_sequence
-from megalign.data.sampler import shard
+from megalign.data.collate import completion_sequence, completion_sequences, packed_share
 from megalign.parallel.groups import ParallelGroups
-from megalign.parallel.reduce import gather_rows, reduce_metrics
+from megalign.parallel.reduce import gather_rows, reduce_counts, reduce_metrics
 from megalign.rollout.engine import awake
 from megalign.train_engine import TrainEngine
 from megalign.trainers.reference import Reference
@@ -96,16 +95,15 @@ class ExperienceMaker:
 
     def batches(self, completions: Sequence[Completion], rows: Sequence[int], micro_batch: int) -> list[Batch]:
         """This rank's packed microbatches of the completions at `rows`, with index and temperature."""
-        dp = self.groups.dp
-        return [
-            completion_batch(
+
+        def sequences_of(part: list[int]) -> list[dict[str, Any]]:
+            return completion_sequences(
                 [completions[row] for row in part],
                 mask_truncated_completions=self.args.mask_truncated_completions,
                 temperature=self.args.temperature,
-                multiple=self.groups.token_multiple,
             )
-            for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=micro_batch)
-        ]
+
+        return [batch for _, batch in packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)]
 
     def loss_tokens(self, completions: Sequence[Completion]) -> list[int]:
         """How many tokens of each completion count in the loss."""
@@ -176,12 +174,9 @@ class ExperienceMaker:
         return batch.with_token_columns(importance_weights=weights)
 
     def _sampling_metrics(self, minibatches: list[Minibatch]) -> dict[str, float]:
-        counts = total_counts(minibatches)
-        shares = [
-            sampling_metrics(batch, counts, **self._importance_settings())
-            for minibatch in minibatches
-            for batch in minibatch.batches
-        ]
+        batches = [batch for minibatch in minibatches for batch in minibatch.batches]
+        counts = reduce_counts(batches, self.groups, SAMPLING_COUNTS)
+        shares = [sampling_metrics(batch, counts, **self._importance_settings()) for batch in batches]
         return reduce_metrics(shares, self.groups)
 
 

@@ -49,9 +49,9 @@ class GRPOTrainer(GroupTrainer):
         """As the config says."""
         return self.args.vllm_importance_sampling_correction
 
-    def check(self) -> None:
+    def make_parts(self) -> None:
         """Also makes the controller of the entropy bonus."""
-        super().check()
+        super().make_parts()
         args = self.args
         limits = {"minimum": args.entropy_coef_min, "maximum": args.entropy_coef_max}
         self.entropy = AdaptiveEntropyController(

@@ -11,8 +11,7 @@ from datasets import Dataset
 from megalign.algos.unpaired import KTO_COUNTS, kto_loss, recommended_weights
 from megalign.batch import Batch
 from megalign.config import KTOConfig
-from megalign.data.collate import pack
-from megalign.data.sampler import shard
+from megalign.data.collate import packed_share
 from megalign.data.unpaired import kl_sequence, prepare_unpaired, sequence_of_unpaired
 from megalign.parallel.reduce import gather_over
 from megalign.trainers.base import DATA_FIELDS
@@ -81,17 +80,18 @@ class KTOTrainer(PreferenceTrainer):
 
     def _kl(self, rows: Sequence[int], dataset: Dataset) -> float:
         """z: the mean log ratio of mismatched answers over the step's rows, at least 0 (arXiv 2402.01306 sec. 4.1)."""
-        dp = self.groups.dp
-        batches = [
-            pack([kl_sequence(dataset[row]) for row in part], multiple=self.groups.token_multiple)
-            for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=self.args.per_device_train_batch_size)
-        ]
-        batches = self.with_reference(batches)
+
+        def sequences_of(part: list[int]) -> Sequences:
+            return [kl_sequence(dataset[row]) for row in part]
+
+        micro_batch = self.args.per_device_train_batch_size
+        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
+        batches = self.with_reference([batch for _, batch in share])
         outputs = self.policy.forward(batches)
         ratios = [
             batch.per_sequence_sum(output["logprobs"].cpu() - batch["ref_logprobs"])
             for output, batch in zip(outputs, batches, strict=True)
             if batch.num_sequences
         ]
-        everyone, _ = gather_over(torch.cat([torch.zeros(0), *ratios]), dp)
+        everyone, _ = gather_over(torch.cat([torch.zeros(0), *ratios]), self.groups.dp)
         return max(0.0, float(everyone.mean()))

@@ -10,12 +10,12 @@ from datasets import Dataset
 
 from megalign.batch import Batch
 from megalign.data.chat import adapt_tokenizer, load_tokenizer
-from megalign.data.collate import pack
-from megalign.data.sampler import EpochSampler, shard
+from megalign.data.collate import packed_share
+from megalign.data.sampler import EpochSampler
 from megalign.train_engine import StepResult
 from megalign.trainers.base import Trainer
 
-Sequences = Sequence[Mapping[str, Any]]  # as data.collate.pack takes them
+Sequences = Sequence[Mapping[str, Any]]  # as data.collate takes them
 
 
 class OfflineTrainer(Trainer):
@@ -87,9 +87,8 @@ class OfflineTrainer(Trainer):
         return self.policy.eval_step(batches, self.loss, counts=self.counts(batches))
 
     def _batches(self, dataset: Dataset, rows: Sequence[int], micro_batch: int) -> list[Batch]:
-        dp = self.groups.dp
-        batches = [
-            pack(self.sequences([dataset[row] for row in part]), multiple=self.groups.token_multiple)
-            for part in shard(rows, dp_rank=dp.rank, dp_size=dp.size, micro_batch=micro_batch)
-        ]
-        return self.with_columns(batches, rows, dataset)
+        def sequences_of(part: list[int]) -> Sequences:
+            return self.sequences([dataset[row] for row in part])
+
+        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
+        return self.with_columns([batch for _, batch in share], rows, dataset)

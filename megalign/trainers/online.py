@@ -13,7 +13,7 @@ from torch import Tensor
 from megalign.data.prompts import prepare_prompts
 from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
-from megalign.rollout.engine import RolloutEngine, awake
+from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
 from megalign.rollout.reward_functions import get_soft_overlong_punishment
 from megalign.rollout.vllm_engine import VllmEngine
 from megalign.train_engine import StepResult
@@ -58,9 +58,7 @@ class OnlineTrainer(Trainer):
     ) -> None:
         self._reward_funcs, self._reward_tokenizers = reward_funcs, reward_processing_classes
         super().__init__(model, args, **given)
-        args, dp = self.args, self.groups.dp.size
-        self.round_size = args.completions_per_generation(dp)
-        self.updates_per_pass = args.microbatches_per_generation(dp) // args.gradient_accumulation_steps
+        args = self.args
         self.policy.sleep()  # one engine at a time in memory
         self.load_engines()
         self.rollout: RolloutEngine = VllmEngine(self.model_path, args, self.groups)
@@ -73,7 +71,7 @@ class OnlineTrainer(Trainer):
             rollout=self.rollout,
             rewards=self.rewards,
             tokenizer=self.processing_class,
-            stop_token_id=self.stop_token_id,
+            generation=self.generation_params(),
         )
         self.experience = ExperienceMaker(
             args,
@@ -102,7 +100,7 @@ class OnlineTrainer(Trainer):
             )
         return super().load_tokenizer()
 
-    def check(self) -> None:
+    def make_parts(self) -> None:
         """Reward functions that are found, a weight for each, and vLLM."""
         self.rewards, self.reward_weights = self._rewarding()
         if find_spec("vllm") is None:
@@ -117,10 +115,20 @@ class OnlineTrainer(Trainer):
         """The minibatches with what the loss reads of the rewards [N, F] of whole groups."""
         raise NotImplementedError
 
-    @property
-    def stop_token_id(self) -> int | None:
-        """The token that ends a completion."""
-        return self.processing_class.eos_token_id
+    def generation_params(self) -> GenerationParams:
+        """How completions are sampled; the tokenizer's end token ends one, beside the model's own."""
+        args, stop = self.args, self.processing_class.eos_token_id
+        return GenerationParams(
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            stop_token_ids=() if stop is None else (stop,),
+            extra=args.generation_kwargs or {},
+        )
 
     def needs_reference(self) -> bool:
         """Whether the policy is held near the model that it began as."""
@@ -205,6 +213,10 @@ class OnlineTrainer(Trainer):
 
     def evaluation(self, rows: Dataset) -> dict[str, float]:
         """Each prompt once, `num_generations_eval` completions each; the policy's loss on them as well."""
+        with self.policy.kept_as_it_was():  # a step may follow in the same round
+            return self._evaluation(rows)
+
+    def _evaluation(self, rows: Dataset) -> dict[str, float]:
         group = self.args.eval_generations
         completions, scored = self.sampling(list(rows), group, Place("eval"))
         everything = range(len(completions))
@@ -219,11 +231,20 @@ class OnlineTrainer(Trainer):
         with awake(self.policy):
             whole = self.with_step_columns(whole)
             loss = self.policy.eval_step(whole.batches, self.loss, counts=whole.counts)
-        self.policy.wake()  # for the step that may follow in the same round
         metrics = {**loss, **completion_metrics(completions), **sampling, **credited.metrics, **scored.metrics}
         return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
 
     # ---- rounds, state
+
+    @property
+    def round_size(self) -> int:
+        """Completions between two generations."""
+        return self.args.completions_per_generation(self.groups.dp.size)
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer steps that go once through a round."""
+        return self.args.microbatches_per_generation(self.groups.dp.size) // self.args.gradient_accumulation_steps
 
     @property
     def updates_per_round(self) -> int:
@@ -237,11 +258,10 @@ class OnlineTrainer(Trainer):
 
     def rows_needed(self) -> int | None:
         """Prompts of all the rounds that max_steps takes."""
-        steps, args, dp = self.max_steps(), self.args, self.groups.dp.size
+        steps = self.max_steps()
         if steps <= 0:
             return None
-        updates = args.microbatches_per_generation(dp) // args.gradient_accumulation_steps * args.passes_per_round
-        return -(-steps // updates) * (args.completions_per_generation(dp) // args.num_generations)
+        return -(-steps // self.updates_per_round) * (self.round_size // self.args.num_generations)
 
     def micro_steps_per_epoch(self) -> int:
         """Microbatches a data-parallel rank takes in an epoch, over all iterations."""

@@ -26,7 +26,7 @@ from megalign.batch import Batch
 from megalign.config import PPOConfig
 from megalign.errors import UserError
 from megalign.parallel.reduce import reduce_metrics, sum_over
-from megalign.rollout.engine import awake
+from megalign.rollout.engine import GenerationParams, awake
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments
 from megalign.trainers.experience import Credited, Minibatch, total_counts, with_token_columns
@@ -61,9 +61,9 @@ class PPOTrainer(OnlineTrainer):
 
     # ---- the four models
 
-    def check(self) -> None:
+    def make_parts(self) -> None:
         """Also makes the controller of the KL coefficient."""
-        super().check()
+        super().make_parts()
         args = self.args
         self.kl: AdaptiveKLController | FixedKLController = FixedKLController(args.kl_coef)
         if args.kl_target is not None:
@@ -95,10 +95,12 @@ class PPOTrainer(OnlineTrainer):
             path = Path(output_dir or self.args.output_dir) / "critic"
             self.critic.export(str(path), special_tokens=self.special_tokens)
 
-    @property
-    def stop_token_id(self) -> int | None:
-        """The config's, or the tokenizer's end token."""
-        return super().stop_token_id if self.args.stop_token_id is None else self.args.stop_token_id
+    def generation_params(self) -> GenerationParams:
+        """With stop_token_id that token alone ends a completion: the model's own end tokens are sampled on past."""
+        params, stop = super().generation_params(), self.args.stop_token_id
+        if stop is None:
+            return params
+        return replace(params, stop_token_ids=(stop,), extra={"ignore_eos": True, **params.extra})
 
     def max_steps(self) -> int:
         """Those that total_episodes asks for, where it is given."""

@@ -27,9 +27,9 @@ class PreferenceTrainer(OfflineTrainer):
 
     # ---- the reference
 
-    def check(self) -> None:
+    def make_parts(self) -> None:
         """A reference that the config allows; it is loaded when it is first needed."""
-        super().check()
+        super().make_parts()
         path = self.model_path if self._ref_model is None else arguments.model_directory(self._ref_model, None)
         self.reference = Reference(path, self.args, self.groups)
 

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from datasets import Dataset, load_from_disk
 
 from megalign.batch import Batch
-from megalign.data.collate import pack
-from megalign.data.sampler import shard
+from megalign.data.collate import packed_share
 from megalign.errors import UserError
 from megalign.parallel.control import barrier
 from megalign.parallel.groups import ParallelGroups
@@ -100,16 +99,17 @@ class Reference:
 
     def _logprobs(self, dataset: Dataset, sequence: RowSequence, batch_size: int) -> list[list[float]]:
         """The logprobs of each row's sequence, on every rank."""
-        dp = self._groups.dp
-        parts = shard(range(len(dataset)), dp_rank=dp.rank, dp_size=dp.size, micro_batch=batch_size)
-        batches = [
-            pack([sequence(dataset[row]) for row in part], multiple=self._groups.token_multiple) for part in parts
-        ]
+
+        def sequences_of(part: list[int]) -> list[Mapping[str, Any]]:
+            return [sequence(dataset[row]) for row in part]
+
+        share = packed_share(range(len(dataset)), sequences_of, self._groups, micro_batch=batch_size)
+        batches = self.with_logprobs([batch for _, batch in share])
         mine: dict[int, list[float]] = {}
-        for part, batch in zip(parts, self.with_logprobs(batches), strict=True):
+        for (part, _), batch in zip(share, batches, strict=True):
             pieces = batch["ref_logprobs"].split(batch.cu_seqlens.diff().tolist())
             mine.update({row: piece.tolist() for row, piece in zip(part, pieces, strict=False)})
-        return gather_rows(mine, dp)
+        return gather_rows(mine, self._groups.dp)
 
 
 def _content(dataset: Dataset) -> str:

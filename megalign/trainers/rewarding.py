@@ -12,9 +12,8 @@ from torch import Tensor
 
 from megalign.batch import Completion
 from megalign.data.chat import as_messages, chat_ids, is_conversation, load_tokenizer
-from megalign.data.collate import pack
+from megalign.data.collate import packed_share
 from megalign.data.rows import check_tokens
-from megalign.data.sampler import shard
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import gather_rows
@@ -43,17 +42,18 @@ class RewardModel:
 
     def __call__(self, prompts: Sequence[Any], texts: Sequence[str]) -> Tensor:
         """[N] scores, on every rank; each text is read by one data-parallel replica. Collective."""
-        dp, multiple = self._groups.dp, self._groups.token_multiple
-        parts = shard(
-            range(len(texts)), dp_rank=dp.rank, dp_size=dp.size, micro_batch=self._args.per_device_train_batch_size
-        )
-        batches = [pack([self._sequence(prompts[i], texts[i]) for i in part], multiple=multiple) for part in parts]
+
+        def sequences_of(part: list[int]) -> list[dict[str, list[Any]]]:
+            return [self._sequence(prompts[i], texts[i]) for i in part]
+
+        micro_batch = self._args.per_device_train_batch_size
+        share = packed_share(range(len(texts)), sequences_of, self._groups, micro_batch=micro_batch)
         with awake(self.engine):
-            columns = self.engine.forward(batches, ("scores",))
+            columns = self.engine.forward([batch for _, batch in share], ("scores",))
         mine: dict[int, float] = {}
-        for part, batch, column in zip(parts, batches, columns, strict=True):
+        for (part, batch), column in zip(share, columns, strict=True):
             mine.update(zip(part, batch.per_sequence_sum(column["scores"].cpu()).tolist(), strict=True))
-        scores = torch.tensor(gather_rows(mine, dp))
+        scores = torch.tensor(gather_rows(mine, self._groups.dp))
         if not scores.isfinite().all():
             worst = int((~scores.isfinite()).nonzero()[0])
             raise UserError(f"reward model {self.path} scores completion {worst} as {scores[worst]}; check its weights")

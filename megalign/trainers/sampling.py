@@ -46,11 +46,11 @@ class Sampling:
         rollout: RolloutEngine,
         rewards: Rewarding,
         tokenizer: Any,
-        stop_token_id: int | None,
+        generation: GenerationParams,
     ) -> None:
         self._args, self._groups, self._run = args, groups, run
         self._policy, self._rollout, self._rewards, self._tokenizer = policy, rollout, rewards, tokenizer
-        self._generation = generation_params(args, stop_token_id)
+        self._generation = generation
         self._synced = False  # whether the rollout engine holds the policy's present weights
 
     def policy_changed(self) -> None:
@@ -104,18 +104,3 @@ def completion_seeds(seed: int, place: Place, count: int) -> list[int]:
     """A seed for each completion, from its place in the run alone: neither layout nor a resume changes it."""
     entropy = (seed, {"train": 0, "eval": 1}[place.stream], place.round, *([place.part] if place.part else []))
     return [int(word) for word in np.random.SeedSequence(entropy).generate_state(count)]
-
-
-def generation_params(args: Any, stop: int | None) -> GenerationParams:
-    """How completions are sampled, from the config; `stop` is the token that ends one."""
-    return GenerationParams(
-        max_tokens=args.max_completion_length,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        structured_outputs_regex=args.vllm_structured_outputs_regex,
-        stop_token_ids=() if stop is None else (stop,),
-        extra=args.generation_kwargs or {},
-    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from megalign.algos.importance import off_policy_mask, rollout_importance_weights, sampling_metrics
+from megalign.algos.importance import SAMPLING_COUNTS, off_policy_mask, rollout_importance_weights, sampling_metrics
 from megalign.batch import Batch, Counts
 from tests.algos.completions import LENGTHS, NAN, PROMPT, WIDTH, as_table, counts_of, packed, recorded, value_of
 from tests.algos.trl_reference import trl_scored_generation
@@ -43,8 +45,9 @@ def test_correction_and_its_metrics_are_trls(mode: str, clip_min: float | None, 
     assert (theirs != 1).any()
     torch.testing.assert_close(weights * data["loss_mask"], theirs * data["loss_mask"], rtol=1e-5, atol=1e-6)
 
-    counts = counts_of(data)
-    metrics = sampling_metrics(batch, counts, **clips, scored_tokens=counts.tokens - 1)
+    scored = {name: float(count(batch)) for name, count in SAMPLING_COUNTS.items()}
+    assert scored == {"scored_tokens": counts_of(data).tokens - 1}
+    metrics = sampling_metrics(batch, replace(counts_of(data), named=scored), **clips)
     names = {name for name in expected if name.startswith("sampling/")}
     assert set(metrics) == names and len(names) == 5
     for name in names:
@@ -55,7 +58,7 @@ def test_correction_and_its_metrics_are_trls(mode: str, clip_min: float | None, 
 def test_a_dummy_batch_adds_nothing_to_the_sampling_metrics(mode: str) -> None:
     dummy, clips = Batch.dummy(4), {"mode": mode, "clip_max": 3.0}
     assert rollout_importance_weights(dummy, **clips).shape == (4,)
-    metrics = sampling_metrics(dummy, Counts(tokens=5, sequences=2), **clips)
+    metrics = sampling_metrics(dummy, Counts(tokens=5, sequences=2, named={"scored_tokens": 5}), **clips)
     neutral = {"sum": 0.0, "min": float("inf"), "max": -float("inf")}
     assert all(value_of(metric) == neutral[metric.reduce] for metric in metrics.values())
 

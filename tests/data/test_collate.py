@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalign.batch import Completion
-from megalign.data.collate import completion_batch, pack
+from megalign.data.collate import completion_sequences, pack
 
 
 def completion(index: int, prompt: list[int], ids: list[int], **fields: object) -> Completion:
@@ -65,15 +65,12 @@ def test_columns_shorter_than_their_tokens_are_caught() -> None:
 
 
 def test_completions_are_trained_on_and_prompts_are_not() -> None:
-    batch = completion_batch(
-        [
-            completion(0, [9, 8], [1, 2, 3], completion_mask=[True, False, True]),
-            completion(1, [7], [4, 5], finish_reason="length", logprobs=[math.nan, -2.0]),
-        ],
-        mask_truncated_completions=False,
-        temperature=0.7,
-        multiple=5,
-    )
+    completions = [
+        completion(0, [9, 8], [1, 2, 3], completion_mask=[True, False, True]),
+        completion(1, [7], [4, 5], finish_reason="length", logprobs=[math.nan, -2.0]),
+    ]
+    sequences = completion_sequences(completions, mask_truncated_completions=False, temperature=0.7)
+    batch = pack(sequences, multiple=5)
     assert batch.tokens.tolist() == [9, 8, 1, 2, 3, 7, 4, 5, 0, 0]
     assert batch["loss_mask"].int().tolist() == [0, 0, 1, 0, 1, 0, 1, 1, 0, 0]
     expected = torch.tensor([0, 0, -0.5, -1, -1.5, 0, math.nan, -2, 0, 0])
@@ -84,7 +81,8 @@ def test_completions_are_trained_on_and_prompts_are_not() -> None:
 
 @pytest.mark.parametrize(("masks", "expected"), [(True, [0, 0, 0]), (False, [0, 1, 1])])
 def test_truncated_completions_can_be_masked_and_stay_sequences(masks: bool, expected: list[int]) -> None:
-    batch = completion_batch([completion(0, [7], [4, 5], finish_reason="length")], mask_truncated_completions=masks)
+    cut = completion(0, [7], [4, 5], finish_reason="length")
+    batch = pack(completion_sequences([cut], mask_truncated_completions=masks))
     assert batch["loss_mask"].int().tolist() == expected and batch.num_sequences == 1
     assert "temperature" not in batch
 

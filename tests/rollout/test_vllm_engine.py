@@ -163,6 +163,13 @@ def test_a_completion_ends_with_its_stop_token(seen: dict[str, Any]) -> None:
         assert by_eos or len(completion.completion_ids) == 12
 
 
+def test_the_models_end_token_ends_a_completion_unless_it_is_to_be_ignored(seen: dict[str, Any]) -> None:
+    for completion in everyone(seen, "at_eos"):
+        assert (completion.completion_ids, completion.finish_reason) == ([2], "stop")
+    for completion in everyone(seen, "past_eos"):
+        assert (completion.completion_ids, completion.finish_reason) == ([2] * 12, "length")
+
+
 def test_sampling_options_reach_vllm(seen: dict[str, Any]) -> None:
     assert all(value == 0.0 for completion in everyone(seen, "greedy_by_top_k") for value in completion.logprobs)
     plain = everyone(seen, "second")

@@ -78,6 +78,9 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     eos = seen["second"][0].completion_ids[3]
     seen["eos"] = eos
     seen["stopped"] = sample(stop_token_ids=(eos,))
+    always_eos = {"logit_bias": {2: 100.0}}
+    seen["at_eos"] = sample(stop_token_ids=(7,), extra=always_eos)
+    seen["past_eos"] = sample(stop_token_ids=(7,), extra={"ignore_eos": True, **always_eos})
     seen["greedy_by_top_k"] = sample(top_k=1)
     seen["top_p"] = sample(top_p=0.5)
     seen["min_p"] = sample(min_p=0.3)

@@ -58,11 +58,7 @@ def test_truncated_completions_count_as_sequences_but_not_as_tokens() -> None:
 
 def test_counts_are_those_of_the_batches_of_all_ranks() -> None:
     for changes in ({}, {"mask_truncated_completions": True}):
-        batches = [
-            batch
-            for rank in range(2)
-            for batch in _maker(rank, 2, **changes).batches(COMPLETIONS, range(4), 1)
-        ]
+        batches = [batch for rank in range(2) for batch in _maker(rank, 2, **changes).batches(COMPLETIONS, range(4), 1)]
         counts = step_counts(_maker(**changes).loss_tokens(COMPLETIONS), range(4))
         assert sum(int(batch["loss_mask"].sum()) for batch in batches) == counts.tokens
         assert sum(batch.num_sequences for batch in batches) == counts.sequences

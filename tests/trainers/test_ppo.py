@@ -165,6 +165,22 @@ def test_a_completion_without_a_score_is_named(model: str, tmp_path: Path) -> No
     assert "no reward function scored completion 0" in error
 
 
+def sampled_as(model: str, fields: dict[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    params = made("PPO", model, PPOConfig(**fields), {"train_dataset": ROWS, "reward_funcs": [closeness]}).sampling
+    return params._generation.stop_token_ids, dict(params._generation.extra)
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop", "extra"),
+    [({}, (2,), {}), ({"stop_token": "eos"}, (2,), {}), ({"stop_token_id": 7}, (7,), {"ignore_eos": True})],
+)
+def test_a_stop_token_of_the_config_alone_ends_completions(
+    model: str, tmp_path: Path, fields: dict[str, Any], stop: tuple[int, ...], extra: dict[str, Any]
+) -> None:
+    (found,) = run_ranks(1, sampled_as, model, {"output_dir": str(tmp_path), **fields})
+    assert found == (stop, extra)
+
+
 def test_episodes_say_how_long_a_run_is(model: str, tmp_path: Path) -> None:
     fields = {"output_dir": str(tmp_path), "total_episodes": 17, "num_ppo_epochs": 1}  # 8 a round: 3 rounds
     run_ranks(1, train, model, fields)

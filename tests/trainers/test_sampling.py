@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megalign.batch import Completion
+from megalign.rollout.engine import GenerationParams
 from megalign.rollout.rewards import RewardResult
 from megalign.trainers import sampling
 from megalign.trainers.sampling import Place, Sampling, completion_seeds
@@ -41,7 +42,6 @@ def sampled_thrice(monkeypatch: pytest.MonkeyPatch, *, engines_sleep: bool) -> l
     told: list[str] = []
     monkeypatch.setattr(sampling, "sync_weights", lambda policy, rollout: told.append("sync"))
     monkeypatch.setattr(sampling, "redistribute", lambda completions, *rest: completions)
-    monkeypatch.setattr(sampling, "generation_params", lambda args, stop: None)
     args = SimpleNamespace(seed=1, engines_sleep=engines_sleep)
     run = SimpleNamespace(state=SimpleNamespace(global_step=0), timed=lambda *a, **k: nullcontext())
 
@@ -53,7 +53,7 @@ def sampled_thrice(monkeypatch: pytest.MonkeyPatch, *, engines_sleep: bool) -> l
 
     sample = Sampling(
         args, SimpleNamespace(is_dp_leader=False), run, policy=Recorder("policy", told),
-        rollout=Recorder("rollout", told), rewards=Rewards(), tokenizer=None, stop_token_id=None,
+        rollout=Recorder("rollout", told), rewards=Rewards(), tokenizer=None, generation=GenerationParams(max_tokens=1),
     )  # fmt: skip
     prompts = [{"prompt": "a", "prompt_ids": [1]}, {"prompt": "b", "prompt_ids": [1, 2]}]
     first = sample(prompts, 2, Place("train", 0))

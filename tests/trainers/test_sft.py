@@ -226,6 +226,9 @@ def test_a_hub_style_name_that_is_nowhere_is_named() -> None:
         ({"optimizers": (object(), None)}, "optimizers.*refused.*learning_rate"),
         ({"formatting_func": str}, "formatting_func.*refused.*dataset.map"),
         ({"eval_datasets": []}, "no argument eval_datasets; did you mean eval_dataset"),
+        ({"max_seq_length": 5}, r"no argument max_seq_length: it is now args=SFTConfig\(max_length=...\)"),
+        ({"packing": True}, r"no argument packing: it is now args=SFTConfig\(packing=...\)"),
+        ({"tokenizer": object()}, "no argument tokenizer: it is now processing_class"),
     ],
 )
 def test_constructor_arguments_that_are_not_there_are_refused_by_name(given: dict[str, Any], message: str) -> None:
