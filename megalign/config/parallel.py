@@ -60,6 +60,10 @@ class ParallelConfig(Config):
     def validate(self, world_size: int) -> None:
         """World size by tp * pp * cp."""
         super().validate(world_size)
+        self.validate_layout(world_size)
+
+    def validate_layout(self, world_size: int) -> None:
+        """That whole copies of the model fill the ranks."""
         if world_size % self.model_parallel_size:
             raise UserError(
                 f"world size {world_size} must be a multiple of tensor_model_parallel_size "

@@ -72,7 +72,7 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     global _made
     megatron_patches.install()
     start_distributed(timeout_s)
-    args.validate(dist.get_world_size())
+    args.validate_layout(dist.get_world_size())
     layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
     if _made is not None and _made[1].world.group is not dist.group.WORLD:
         _destroy(_made[2])  # the job's groups were ended, Megatron's with them, and it does not know

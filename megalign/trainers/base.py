@@ -85,6 +85,7 @@ class Trainer:
             )
         self.args = args
         self.groups = initialize(args, timeout_s=args.ddp_timeout)
+        args.validate(self.groups.world.size)
         arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
         self.architecture = architecture_of(read_config(self.model_path))
