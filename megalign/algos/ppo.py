@@ -67,8 +67,8 @@ def ppo_policy_loss(
     """This microbatch's share of the mean over loss tokens of max(-A * ratio, -A * clip(ratio, 1 +- cliprange))
     (arXiv 1707.06347 eq. 7), and its share of TRL's metrics.
 
-    `outputs`: "logprobs" [T] with its graph, "entropy" [T]. Columns: loss_mask, old_logprobs, advantages [T];
-    optional importance_weights [T] (see importance.py). val/ratio_var is the mean over the step's loss tokens of
+    `outputs`: "logprobs" [T] with its graph, "entropy" [T]. Columns: loss_mask, old_logprobs, advantages [T].
+    val/ratio_var is the mean over the step's loss tokens of
     (ratio - 1)^2: 1 is the mean that a ratio has under the policy that sampled. (TRL: the variance of
     microbatches' means.) A batch without sequences needs no columns but loss_mask and gives an exact 0 with a
     graph.
@@ -79,8 +79,6 @@ def ppo_policy_loss(
     ratio, advantages = log_ratio.exp(), loss_column(batch, "advantages", logprobs)
     losses = clipped_policy_loss(ratio, advantages, epsilon=cliprange, epsilon_high=cliprange)
     clipped = losses > -ratio * advantages
-    if "importance_weights" in batch:
-        losses = losses * batch["importance_weights"]
     loss = masked(losses, mask).sum() / max(counts.tokens, 1.0)
     columns = {
         "policy/approxkl_avg": 0.5 * log_ratio.square(),

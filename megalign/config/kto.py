@@ -22,8 +22,8 @@ class KTOConfig(PreferenceConfig):
     """AdamW's peak learning rate."""
     shuffle_dataset: bool = True
     """Rows in a new random order each epoch; False takes them in order, one global batch after another. (TRL's
-    train_sampling_strategy="sequential" takes them in order, which for rows made of pairs is all good answers
-    before all bad ones.)"""
+    train_sampling_strategy="sequential" takes them in order, which for rows made of pairs is good answers
+    first and then bad ones, a thousand pairs at a time.)"""
     loss_type: str = option("kto", choices=("kto", "apo_zero_unpaired"))
     """kto, or apo_zero_unpaired (arXiv 2408.06266), which needs no estimate of the KL divergence."""
     beta: float = option(0.1, above=0)

@@ -63,7 +63,8 @@ class LoopConfig(Config):
     num_train_epochs: float = option(3.0, above=0)
     """Passes over the training rows."""
     per_device_train_batch_size: int = option(8, minimum=1)
-    """Dataset rows (for GRPO: completions) per data-parallel rank and microbatch; a device is a DP rank."""
+    """Dataset rows (of trainers that sample: completions) per data-parallel rank and microbatch; a device is a DP
+    rank."""
     per_device_eval_batch_size: int = option(8, minimum=1)
     """The same for evaluation."""
     gradient_accumulation_steps: int = option(1, minimum=1)

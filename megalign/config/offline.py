@@ -19,6 +19,7 @@ class OfflineConfig(LoopConfig, ParallelConfig):
     eos_token: str | None = None
     """Token that ends a sequence, where it is not the tokenizer's own."""
     max_length: int | None = option(1024, minimum=2)
-    """Longest sequence in tokens; longer rows are cut (None: never)."""
+    """Longest sequence in tokens; longer rows are cut, or left out where nothing would be left to learn of (None:
+    never)."""
     shuffle_dataset: bool = True
     """Rows in a new random order each epoch; False takes them in order, one global batch after another."""

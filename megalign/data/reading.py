@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import hashlib
-import itertools
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from datasets import (
     Dataset,
     Features,
@@ -25,13 +18,10 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 
-from megalign import failure
 from megalign.errors import UserError
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_turns = itertools.count()  # of once_per_job: every rank has the same calls in the same order
 
 
 Rows = Dataset | IterableDataset  # the latter with streaming=True
@@ -197,77 +187,3 @@ def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = N
     """Rows as a dataset with the columns of all of them; a row without a column has None there."""
     names = features or dict.fromkeys(name for row in rows for name in row)
     return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, features=features)
-
-
-# ---- once for the job
-
-
-def of_this_code(dataset: Dataset) -> Dataset:
-    """The same rows under a fingerprint that changes with the code of this room.
-
-    `datasets` names the cached results of map and filter by fingerprints that follow from one another and, of an
-    importable function, know only the name: rows prepared by an earlier version would be taken for this one's.
-    """
-    renamed = copy.copy(dataset)
-    renamed._fingerprint = Hasher.hash([dataset._fingerprint, code_digest()])
-    return renamed
-
-
-@functools.cache
-def code_digest() -> str:
-    """Of the source files that turn rows into tokens."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def once_per_job(make: Callable[[], Dataset], directory: str) -> Dataset:
-    """The dataset that `make` gives, made by rank 0 only; the other ranks map its file into memory.
-
-    Collective over the default process group, when there is one of several ranks. `directory` (output_dir)
-    must be one that every rank sees; the rows go to its `.tokenized/`. A UserError of `make` is raised on
-    every rank.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return make()
-    outcome = [("error", "rank 0 failed to prepare the dataset; its own message says why")]
-    ready = f"megalign/rows/{next(_turns)}"
-    try:
-        if dist.get_rank() == 0:
-            outcome = [("path", _saved(make(), Path(directory) / ".tokenized"))]
-        else:
-            _wait_for(ready)
-    except UserError as error:
-        outcome = [("error", str(error))]
-    finally:  # whatever happened on rank 0, the others are waiting for it
-        if dist.get_rank() == 0:
-            failure.default_store().set(ready, "")
-        dist.broadcast_object_list(outcome, src=0)
-    kind, value = outcome[0]
-    if kind == "error":
-        raise UserError(value)
-    if not Path(value).is_dir():
-        raise UserError(f"output_dir={directory!r} is not shared by all nodes ({value} is missing); use one that is")
-    return load_from_disk(value)
-
-
-def _wait_for(key: str) -> None:
-    """Returns when another rank has set the key in the job's store, however long that takes.
-
-    A collective would give up after ddp_timeout, and rows may take hours to tokenize. A rank 0 that dies takes its
-    store or, through its launcher, this process with it.
-    """
-    store, pause = failure.default_store(), 0.05
-    while not store.check([key]) and not failure.another_rank_reported():
-        time.sleep(pause)
-        pause = min(2 * pause, 2.0)
-
-
-def _saved(dataset: Dataset, directory: Path) -> str:
-    """Saves under the dataset's fingerprint, all at once: a half-written directory never has that name."""
-    target = directory / dataset._fingerprint
-    if not target.is_dir():
-        partial = directory / f"{dataset._fingerprint}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        dataset.save_to_disk(str(partial))
-        partial.rename(target)
-    return str(target.resolve())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import TrainerCallback
 
 from megalign.config.base import field_of
@@ -108,22 +106,6 @@ def as_dataset(dataset: Any, name: str, *, count: int | None = None, shuffle: bo
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
         return as_table(dataset)
     raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of dicts")
-
-
-def describe_rows(rows: Dataset) -> str:
-    """The number of rows and a short digest of the first and last: enough to know other data by."""
-    ends = json.dumps([rows[0], rows[len(rows) - 1]], default=str, sort_keys=True)
-    return f"{len(rows)} rows {hashlib.sha256(ends.encode()).hexdigest()[:8]}"
-
-
-def in_memory(rows: Any) -> Any:
-    """Rows that were loaded from a directory (None, one Dataset or a mapping of them), without it."""
-    if rows is None:
-        return None
-    if isinstance(rows, Mapping):
-        return {name: in_memory(part) for name, part in rows.items()}
-    files = rows.cache_files
-    return load_from_disk(str(Path(files[0]["filename"]).parent), keep_in_memory=True) if files else rows
 
 
 def check_evaluation(args: Any, eval_dataset: Any) -> None:

@@ -6,7 +6,6 @@ that yields after each optimizer step; what happens between two steps is here.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
+from megalign.data import prepared
 from megalign.data.chat import load_tokenizer
-from megalign.data.reading import of_this_code, once_per_job
 from megalign.errors import UserError
 from megalign.model.architecture import check_layout
 from megalign.parallel.control import barrier
@@ -50,7 +49,6 @@ DATA_FIELDS = (
     "data_order_seed",
     "shuffle_dataset",
 )
-PREPARED = ".tokenized"  # once_per_job's directory in output_dir
 SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -330,9 +328,9 @@ class Trainer:
             return None
         if name == "eval_dataset" and isinstance(dataset, Mapping):
             return {part: self._prepare(rows, name) for part, rows in dataset.items()}
-        return once_per_job(
+        return prepared.once_per_job(
             lambda: self.tokenized(
-                of_this_code(self._as_dataset(dataset, name)), for_evaluation=name == "eval_dataset"
+                prepared.of_this_code(self._as_dataset(dataset, name)), for_evaluation=name == "eval_dataset"
             ),
             self.args.output_dir,
         )
@@ -348,10 +346,10 @@ class Trainer:
         if self.groups.world.size == 1:
             return
         # Mapped files outlive their names, but not on another node; evaluate() is often called after train().
-        self.eval_rows = arguments.in_memory(self.eval_rows)
+        self.eval_rows = prepared.in_memory(self.eval_rows)
         barrier(self.groups.world)
         if self.groups.world.rank == 0:
-            shutil.rmtree(Path(self.args.output_dir) / PREPARED, ignore_errors=True)
+            prepared.remove(self.args.output_dir)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
@@ -359,7 +357,7 @@ class Trainer:
             "trainer": type(self).__name__,
             "world_size": self.groups.world.size,
             **{name: getattr(self.args, name) for name in (*LAYOUT_FIELDS, *self.data_fields)},
-            "train_dataset": arguments.describe_rows(self.train_rows),
+            "train_dataset": prepared.describe_rows(self.train_rows),
         }
 
     def _save_checkpoint(self) -> None:
