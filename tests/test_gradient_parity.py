@@ -41,7 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def tokens(i: int) -> Tensor:
-    return torch.randint(3, 101, (sum(ROWS[i]),), generator=torch.Generator().manual_seed(100 + i))
+    ids = torch.randint(3, 101, (sum(ROWS[i]),), generator=torch.Generator().manual_seed(100 + i))
+    ids[len(ids) // 2] = 0  # the pad token, which transformers' embedding passes no gradient to
+    return ids
 
 
 def noise(i: int, salt: int) -> Tensor:

@@ -40,7 +40,7 @@ ENGINES = ("trl", "megalign")
 WITH_REFERENCE = ("dpo", "kto")
 BATCH = 4
 MAX_LENGTH = 72  # cuts the longest rows; Reward would drop them
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
+SPECIAL = ("<bos>", "<eos>", "<|im_start|>", "<|im_end|>")
 # The marks say what SFT learns of; TRL needs them, and megalign reads them too.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -126,7 +126,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token="<|im_end|>",  # as SmolLM2's: a pad that occurs in rows, whose embedding transformers holds
         bos_token="<bos>",
         eos_token="<eos>",
         chat_template=CHAT_TEMPLATE,

@@ -21,7 +21,8 @@ class KTOConfig(PreferenceConfig):
     learning_rate: float = option(1e-6, minimum=0)
     """AdamW's peak learning rate."""
     shuffle_dataset: bool = True
-    """Rows in a new random order each epoch; False takes them in order, one global batch after another. (TRL's
+    """Rows in a random order, with loss_type kto drawn once for the run: each epoch then draws the order of the
+    steps, whose rows keep their mismatched answers. False takes rows in order, one global batch after another. (TRL's
     train_sampling_strategy="sequential" takes them in order, which for rows made of pairs is good answers
     first and then bad ones, a thousand pairs at a time.)"""
     loss_type: str = option("kto", choices=("kto", "apo_zero_unpaired"))

@@ -33,6 +33,8 @@ class Architecture:
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys."""
     tied_embeddings: bool = False
+    pad_token_id: int | None = None
+    """The token whose embedding gets no gradient as an input; transformers gives its embedding this padding_idx."""
     num_labels: int | None = None
     """Outputs of a score head in the place of the language model's head (*ForSequenceClassification)."""
 

@@ -13,18 +13,27 @@ class EpochSampler:
     """Global batches of row numbers, epoch after epoch without end; `state` says where it stands.
 
     shuffle=False takes rows in order. Otherwise epoch e is torch.randperm from seed + e, as Hugging Face's
-    trainer draws it. The last batch of an epoch holds the rows that are left, or is dropped (drop_last,
-    TRL's way for GRPO).
+    trainer draws it; with `keep_batches` the same of whole batches of neighbours. The last batch of an epoch holds the
+    rows that are left, or is dropped (drop_last, TRL's way for GRPO).
     """
 
-    def __init__(self, num_rows: int, global_batch: int, *, seed: int, shuffle: bool, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        global_batch: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        drop_last: bool = False,
+        keep_batches: bool = False,
+    ) -> None:
         if num_rows < (global_batch if drop_last else 1):
             raise UserError(
                 f"the dataset has {num_rows} rows and a batch takes {global_batch if drop_last else 1}; "
                 "give more rows or a smaller batch"
             )
         self.num_rows, self.global_batch = num_rows, global_batch
-        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.seed, self.shuffle, self.drop_last, self.keep_batches = seed, shuffle, drop_last, keep_batches
         self.epoch = 0
         self.position = 0  # batches of this epoch that are already taken
         self._order: tuple[int, list[int]] | None = None  # of one epoch
@@ -48,13 +57,17 @@ class EpochSampler:
     def order(self, epoch: int) -> list[int]:
         """All rows in the epoch's order."""
         if self._order is None or self._order[0] != epoch:
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(self.seed + epoch)
-                rows = torch.randperm(self.num_rows, generator=generator).tolist()
-            else:
-                rows = list(range(self.num_rows))
-            self._order = (epoch, rows)
+            self._order = (epoch, self._drawn(epoch) if self.shuffle else list(range(self.num_rows)))
         return self._order[1]
+
+    def _drawn(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        if not self.keep_batches:
+            return torch.randperm(self.num_rows, generator=generator).tolist()
+        whole, size = self.num_rows // self.global_batch, self.global_batch
+        starts = [batch * size for batch in torch.randperm(whole, generator=generator).tolist()]
+        rows = [row for start in starts for row in range(start, start + size)]
+        return [*rows, *range(whole * size, self.num_rows)]  # a short batch stays the last
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint keeps: the epoch, and the batches of it that were taken."""

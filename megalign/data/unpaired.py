@@ -30,14 +30,22 @@ _SEQUENCES = {"input_ids": TOKENS, "loss_mask": MASK}
 
 
 def prepare_unpaired(
-    dataset: Dataset, tokenizer: Tokenizer, args: Any, *, block: int | None = None, vocab_size: int | None = None
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    args: Any,
+    *,
+    block: int | None = None,
+    shuffle_seed: int | None = None,
+    vocab_size: int | None = None,
 ) -> Dataset:
     """KTO's rows: `input_ids`, `loss_mask` (the completion) and `desirable`; with `block` also `kl_ids`, `kl_mask`.
 
     Rows have prompt, completion and label, or the columns of preferences, or prompt_ids, completion_ids and label.
     Sequences keep their first max_length tokens; rows whose prompt alone fills it are dropped and counted. The
     mismatched sequence of a row is its prompt with the completion of the row before it, within every `block` of
-    rows, in which the first takes the last one's (arXiv 2402.01306 sec. 4.1): give the rows of a step.
+    rows, in which the first takes the last one's (arXiv 2402.01306 sec. 4.1): give the rows of a step. With
+    `shuffle_seed` the rows are shuffled before they are put into blocks. A row alone in the last block keeps its own
+    completion, as in TRL.
     """
     check_columns(dataset, ("prompt_ids", "completion_ids"), tokenizer)
     answers = dataset.map(
@@ -57,6 +65,8 @@ def prepare_unpaired(
         desc="Taking pairs apart",
     )
     kept = without_empty(single, "completion_ids", args.max_length)
+    if shuffle_seed is not None:
+        kept = kept.shuffle(seed=shuffle_seed)
     mismatched = {"kl_ids": TOKENS, "kl_mask": MASK} if block else {}
     return kept.map(
         _sequences,

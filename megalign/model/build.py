@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -9,7 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from torch import Tensor, empty, nn
+from torch import Tensor, empty, nn, where
 
 from megalign import device
 from megalign.conversion.architecture import Architecture
@@ -70,10 +71,23 @@ def build_model(architecture: Architecture, args: LoopConfig, groups: ParallelGr
         if architecture.num_labels is not None and groups.is_last_stage:
             model.output_layer = ScoreHead(config, architecture.num_labels)
         model.to(device.device())
+        if architecture.pad_token_id is not None and groups.is_first_stage:
+            model.embedding.word_embeddings.register_forward_hook(_without_gradient_of(architecture.pad_token_id))
     _mark_tensor_parallel(model)
     # Megatron's own scaling knows one set of Llama 3 constants only.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture).to(device.device())
     return [model]
+
+
+def _without_gradient_of(pad_token_id: int) -> Callable[..., Tensor]:
+    """A forward hook of the embedding: transformers' padding_idx, which also counts where the pad is the end token."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+        (tokens,) = inputs
+        assert embedded.shape[:-1] == tokens.shape, "scattered over tensor ranks"
+        return where((tokens == pad_token_id)[..., None], embedded.detach(), embedded)
+
+    return hook
 
 
 def _mark_tensor_parallel(model: nn.Module) -> None:

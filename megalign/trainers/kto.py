@@ -33,9 +33,21 @@ class KTOTrainer(PreferenceTrainer):
             self._advise_weights(self.train_rows["desirable"])
 
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
-        """Single answers, each with the mismatched one of its neighbour in the file."""
-        options = {"block": self._global_batch, "vocab_size": self.architecture.vocab_size}
-        return prepare_unpaired(dataset, self.processing_class, self.args, **options)
+        """Single answers, each with the mismatched one of its neighbour in the same step."""
+        shuffled = self.args.shuffle_dataset and not for_evaluation
+        return prepare_unpaired(
+            dataset,
+            self.processing_class,
+            self.args,
+            block=self._global_batch,
+            shuffle_seed=self.args.data_order_seed if shuffled else None,
+            vocab_size=self.architecture.vocab_size,
+        )
+
+    @property
+    def keeps_batches(self) -> bool:
+        """Whether z is estimated: a row and the one whose answer it borrows belong to one step."""
+        return self._estimates_kl
 
     def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
         """One for each row."""

@@ -21,6 +21,8 @@ Sequences = Sequence[Mapping[str, Any]]  # as data.collate takes them
 class OfflineTrainer(Trainer):
     """Global batches of rows in a fixed order; a leaf says what the sequences of a row are, and which loss."""
 
+    keeps_batches = False  # whether rows that were prepared as a step's stay a step's when they are shuffled
+
     # ---- what a leaf says
 
     def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
@@ -73,6 +75,7 @@ class OfflineTrainer(Trainer):
             self._global_batch,
             seed=args.data_order_seed,
             shuffle=args.shuffle_dataset,
+            keep_batches=self.keeps_batches,
         )
         sampler.load_state_dict({"epoch": epoch, "position": first})
         for _ in range(first, sampler.batches_per_epoch):

@@ -52,6 +52,15 @@ def test_a_resumed_sampler_goes_on_where_it_was(taken: int, shuffle: bool) -> No
     assert batches(resumed, 5) == batches(whole, 5)
 
 
+def test_kept_batches_are_shuffled_whole_and_a_short_one_stays_the_last() -> None:
+    sampler = EpochSampler(11, 3, seed=5, shuffle=True, keep_batches=True)
+    epochs = [batches(sampler, sampler.batches_per_epoch) for _ in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch[:-1]) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and epoch[-1] == [9, 10]
+    assert len({str(epoch) for epoch in epochs}) > 1
+    assert batches(EpochSampler(5, 3, seed=5, shuffle=False, keep_batches=True), 2) == [[0, 1, 2], [3, 4]]
+
+
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(UserError, match="0 rows"):
         EpochSampler(0, 4, seed=0, shuffle=False)

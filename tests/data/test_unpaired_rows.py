@@ -86,6 +86,17 @@ def test_mismatched_sequences_rotate_within_each_block() -> None:
     assert set(without.column_names) == {"input_ids", "loss_mask", "desirable"}
 
 
+def test_shuffled_rows_borrow_answers_within_their_new_blocks() -> None:
+    rows = [{"prompt_ids": [5, n], "completion_ids": [n], "label": n % 2 == 0} for n in range(10, 22)]
+    options = {"block": 4, "shuffle_seed": 3}
+    found = list(prepare_unpaired(Dataset.from_list(rows), None, KTOConfig(), **options))
+    order = [row["input_ids"][-1] for row in found]
+    assert sorted(order) == list(range(10, 22)) != order
+    for start in range(0, 12, 4):
+        block = order[start : start + 4]
+        assert [row["kl_ids"][-1] for row in found[start : start + 4]] == [block[-1], *block[:-1]]
+
+
 def test_a_rows_sequences_take_its_reference_logprobs_along() -> None:
     row = {
         "input_ids": [5, 6, 7],

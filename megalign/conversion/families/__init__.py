@@ -44,6 +44,9 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Reads the content of a config.json; what megalign does not compute is refused by name."""
     architecture = family_of(config).read_config(config)
+    pad = config.get("pad_token_id")
+    if pad is not None:  # as torch counts: -1 is the last row
+        architecture = replace(architecture, pad_token_id=pad % architecture.vocab_size)
     if not is_classifier(config):
         return architecture
     # transformers' own default is 2; it writes the names of the labels and not their number.
