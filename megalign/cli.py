@@ -143,7 +143,9 @@ def _datasets(args: LoopConfig) -> tuple[Dataset | IterableDataset, Dataset | It
     from megalign.data.reading import load_split
 
     train_dataset = load_split(args, args.dataset_train_split)
-    return train_dataset, load_split(args, args.dataset_test_split) if args.evaluates else None
+    if not args.evaluates:
+        return train_dataset, None
+    return train_dataset, load_split(args, args.dataset_test_split, for_evaluation=True)
 
 
 # --- options and help

@@ -205,9 +205,8 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict | IterableD
 
 def _rows(one: DatasetConfig, streaming: bool) -> Dataset | IterableDataset:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
 
-    from megalign.data.reading import load_rows
+    from megalign.data.reading import UNREADABLE, load_rows, reason_of
 
     if one.data_dir is None and one.data_files is None and one.split.isidentifier():
         rows = load_rows(one.path, split=one.split, field="path", config=one.name, streaming=streaming)
@@ -215,9 +214,11 @@ def _rows(one: DatasetConfig, streaming: bool) -> Dataset | IterableDataset:
         files = {"data_dir": one.data_dir, "data_files": one.data_files}
         try:
             rows = load_dataset(one.path, one.name, split=one.split, streaming=streaming, **files)
-        except (OSError, ValueError, DatasetGenerationError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"dataset path={one.path!r} with {files} cannot be read: {reason}") from error
+        except (OSError, *UNREADABLE) as error:
+            raise UserError(
+                f"dataset path={one.path!r} with {files} cannot be read: {reason_of(error)}; check the names, mend the "
+                "files"
+            ) from error
     return rows if one.columns is None else rows.select_columns(one.columns)
 
 

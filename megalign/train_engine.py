@@ -82,7 +82,7 @@ class TrainEngine:
         Names: logprobs, entropy, argmax_correct and the extras; with a score head scores, values. They are 0 off
         the loss mask. A sequence column `temperature` divides the logits.
         """
-        batches = [batch.to(device.device()) for batch in batches]
+        batches = self._placed(batches)
         columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
         return [{name: column[name] for name in names} for column in columns]
 
@@ -96,7 +96,7 @@ class TrainEngine:
         """
         assert self._optimizer is not None, "a frozen engine has no optimizer"
         counts = counts or reduce_counts(batches, self.groups)
-        batches = [batch.to(device.device()) for batch in batches]
+        batches = self._placed(batches)
         optimizer.zero_gradients(self._chunks, self._optimizer)
         shares = pipeline.train(
             self._chunks,
@@ -113,7 +113,7 @@ class TrainEngine:
     def eval_step(self, batches: list[Batch], loss_fn: LossFn, *, counts: Counts | None = None) -> dict[str, float]:
         """The loss and its metrics over all ranks' batches, without gradient."""
         counts = counts or reduce_counts(batches, self.groups)
-        batches = [batch.to(device.device()) for batch in batches]
+        batches = self._placed(batches)
         columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
         shares = []
         with torch.no_grad():
@@ -193,6 +193,18 @@ class TrainEngine:
             yield from group["params"]
         for state in optimizer.adam_states(self._optimizer):
             yield from (value for name, value in state.items() if name != "step")
+
+    def _placed(self, batches: list[Batch]) -> list[Batch]:
+        """The batches on the device. With tensor ranks, an id past the vocabulary would silently read zeros."""
+        size = self.architecture.vocab_size
+        for batch in batches:
+            largest = int(batch.tokens.max())
+            if largest >= size:
+                raise UserError(
+                    f"token {largest} is not in the vocabulary of {self.hf_path}, which has {size} entries; use models "
+                    "of one tokenizer"
+                )
+        return [batch.to(device.device()) for batch in batches]
 
     def _stage(self, model: nn.Module, batch: Batch) -> Tensor:
         positions = torch.arange(batch.num_tokens, device=batch.tokens.device)  # rope reads cu_seqlens instead

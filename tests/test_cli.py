@@ -132,6 +132,7 @@ def test_the_command_line_wins_over_yaml_and_env_is_set(tmp_path, monkeypatch):
         (["--context_parallel_size", "2"], ["context_parallel_size=2", "not built yet"]),
         (["--max_steps", "1", "--max-steps=2"], ["--max_steps is given twice"]),
         (["--packing", "--no_packing"], ["--packing is given twice"]),
+        (["--lr_scheduler_kwargs", "{min_lr: 1, min_lr: 2}"], ["'min_lr' is given twice"]),
         (["--report_to", "none", "--report_to", "tensorboard"], ["--report_to is given twice", "all of its values"]),
         (["--config", "a.yaml", "--config", "b.yaml"], ["--config is given twice"]),
         (["--config"], ["--config takes one YAML file"]),
@@ -155,6 +156,9 @@ def test_a_mistake_is_named(words, parts):
         ("- 1", ["holds a list"]),
         ("a: [", ["is not YAML"]),
         ("env: 1", ["env: 1"]),
+        ("max_steps: 1\npacking: true\nmax_steps: 2", ["run.yaml", "'max_steps' is given twice"]),
+        ("learning_rate: 1\nlearning-rate: 2", ["run.yaml", "learning_rate is given twice", "with - and with _"]),
+        ("env: {A: 1, B: 2, A: 3}", ["run.yaml", "'A' is given twice"]),
     ],
 )
 def test_a_mistake_in_yaml_is_named(tmp_path, text, parts):
@@ -163,6 +167,13 @@ def test_a_mistake_in_yaml_is_named(tmp_path, text, parts):
     with pytest.raises(UserError) as caught:
         sft("--config", str(file))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_yaml_key_that_is_merged_in_may_be_overridden(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("<<: &base {max_steps: 1, packing: true}\nmax_steps: 2\n")
+    args = sft("--config", str(file))
+    assert (args.max_steps, args.packing) == (2, True)
 
 
 def test_off_values_of_refused_fields_pass():

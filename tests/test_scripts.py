@@ -238,6 +238,13 @@ def test_a_mistaken_mixture_is_named(rows, mixture, part):
     assert part in str(caught.value)
 
 
+def test_an_empty_file_of_a_mixture_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": str(tmp_path / "empty.jsonl")}])
+    with pytest.raises(UserError, match="empty.jsonl'} cannot be read: it holds no rows"):
+        get_dataset(mixture)
+
+
 # --- TRL's own scripts, their import changed
 
 

@@ -91,6 +91,12 @@ class DPOConfig(PreferenceConfig):
 
     def _validate_label_smoothing(self) -> None:
         smoothing = self.label_smoothing
+        readers = ("robust", "exo_pair", "aot", "aot_unpaired")
+        if smoothing and not set(readers) & set(self.loss_type):
+            raise UserError(
+                f"label_smoothing={smoothing} has no effect on loss_type {', '.join(self.loss_type)}: only "
+                f"{', '.join(readers)} read it; use robust, or leave it out"
+            )
         if "exo_pair" in self.loss_type and not 0 < smoothing < 1:
             raise UserError(
                 f"label_smoothing={smoothing} must be between 0 and 1 for loss_type exo_pair, which takes its "

@@ -83,9 +83,9 @@ class LoopConfig(Config):
     """Steps in which the learning rate rises from 0; below 1 it is a fraction of all steps."""
     weight_decay: float = option(0.0, minimum=0)
     """AdamW's decoupled weight decay; biases and norm weights are left out, as in transformers."""
-    adam_beta1: float = option(0.9, minimum=0, maximum=1)
+    adam_beta1: float = option(0.9, minimum=0, below=1)
     """AdamW's decay of the first moment."""
-    adam_beta2: float = option(0.999, minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, minimum=0, below=1)
     """AdamW's decay of the second moment."""
     adam_epsilon: float = option(1e-8, minimum=0)
     """AdamW's epsilon."""

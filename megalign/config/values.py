@@ -30,9 +30,17 @@ def option(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field whose value is one of `choices`, or in a range; `why` says why others are refused."""
-    metadata = {"choices": choices, "why": why, "minimum": minimum, "above": above, "maximum": maximum}
+    metadata = {
+        "choices": choices,
+        "why": why,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+        "below": below,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -115,11 +123,19 @@ def _example(name: str, members: list[Any]) -> str:
 
 
 def load_yaml(text: str) -> Any:
-    """yaml.safe_load that also knows 1e-5 as a number, which YAML 1.1 takes for text."""
+    """yaml.safe_load that also knows 1e-5 as a number, which YAML 1.1 takes for text, and refuses a key that a
+    mapping has twice, of which the last would win.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)  # before `<<` brings in keys that may be overridden
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for place, name in enumerate(names):
+                if name in names[:place]:
+                    raise UserError(f"{name!r} is given twice in one mapping; give it once")
+            return node
 
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
@@ -200,6 +216,7 @@ def _check_one(name: str, rules: Mapping[str, Any], value: Any) -> None:
             ("minimum", "at least", lambda limit: value >= limit),
             ("above", "above", lambda limit: value > limit),
             ("maximum", "at most", lambda limit: value <= limit),
+            ("below", "below", lambda limit: value < limit),
         )
         if rules[bound] is not None and not holds(rules[bound])
     ]

@@ -50,7 +50,13 @@ class Words:
         """The fields of a flat YAML file; its `env` mapping goes into the environment."""
         loaded = _load(path)
         _set_environment(path, loaded.get("env") or {})
-        values = {str(key).replace("-", "_"): value for key, value in loaded.items() if key != "env"}
+        values: dict[str, Any] = {}
+        for key, value in loaded.items():
+            name = str(key).replace("-", "_")
+            if name in values:
+                raise UserError(f"{name} is given twice in {path}, with - and with _; give it once")
+            if name != "env":
+                values[name] = value
         for name, value in list(values.items()):
             if not self.knows(name):
                 if unknown is None:
@@ -145,6 +151,8 @@ def _load(path: str) -> Mapping[Any, Any]:
         loaded = load_yaml(Path(path).read_text()) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}; write `field: value` lines") from error
     if not isinstance(loaded, Mapping):

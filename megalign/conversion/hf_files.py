@@ -204,6 +204,9 @@ class HfWriter:
         for old in self.path.glob("model*.safetensors"):
             if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
                 old.unlink()
+        for name in COMPANION_FILES:  # an earlier run's chat template would speak for this model
+            if not (self._partial / name).exists():
+                (self.path / name).unlink(missing_ok=True)
         for file in sorted(self._partial.iterdir(), key=lambda file: file.name == INDEX_FILE):
             file.replace(self.path / file.name)
         self._partial.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -45,8 +46,11 @@ def template_options(row: Row) -> dict[str, Any]:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise UserError(f"its 'tools' must be a list of tools or the JSON text of one: {error}") from error
+    arguments = row.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, Mapping):
+        raise UserError(f"its chat_template_kwargs={arguments!r} must be a mapping of names to values; mend the row")
     # `or None`: Llama's template describes how to call tools even when the list is empty.
-    return {"tools": tools or None, **(row.get("chat_template_kwargs") or {})}
+    return {"tools": tools or None, **arguments}
 
 
 def ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megalign.data.completions import Completed, check_completion, completion_start, prompt_tokens, whole_tokens
 from megalign.data.pairs import Tokenizer, check_columns, pair_of, without_empty
-from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed
+from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed, needed_ids
 from megalign.errors import UserError
 
 _SIDES = ("chosen", "rejected")
@@ -114,8 +114,8 @@ def pair_row(
     """One row -> both sides' ids and masks, empty when the limits leave no completion."""
     with naming_row(index):
         if "chosen_ids" in row:
-            prompt = list(needed(row, "prompt_ids"))
-            sides = [Completed(prompt + list(needed(row, f"{side}_ids")), len(prompt)) for side in _SIDES]
+            prompt = needed_ids(row, "prompt_ids")
+            sides = [Completed(prompt + needed_ids(row, f"{side}_ids"), len(prompt)) for side in _SIDES]
         else:
             assert tokenizer is not None, "checked for the dataset"
             sides = encode(row, tokenizer)
@@ -218,7 +218,7 @@ def _whole_texts(row: Row, tokenizer: Tokenizer) -> list[list[int]]:
                 "it has prompt_ids beside chosen_ids, and Reward's chosen_ids are whole texts; put the prompt into "
                 "chosen_ids and rejected_ids and remove the column"
             )
-        return [list(needed(row, f"{side}_ids")) for side in _SIDES]
+        return [needed_ids(row, f"{side}_ids") for side in _SIDES]
     assert tokenizer is not None, "checked for the dataset"
     pair = pair_of(row).ended(tokenizer)
     return [whole_tokens(pair.prompt, answer, row, tokenizer) for answer in (pair.chosen, pair.rejected)]

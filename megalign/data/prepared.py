@@ -114,6 +114,9 @@ def code_digest() -> str:
 
 
 def describe_rows(rows: Dataset) -> str:
-    """The number of rows and a short digest of the first and last: enough to know other data by."""
-    ends = json.dumps([rows[0], rows[len(rows) - 1]], default=str, sort_keys=True)
-    return f"{len(rows)} rows {hashlib.sha256(ends.encode()).hexdigest()[:8]}"
+    """The number of rows and a short digest of all of them; it takes some 0.3 s for a million tokens."""
+    digest = hashlib.sha256()
+    # As values, not as Arrow's buffers: these also hold what lies beside the rows.
+    for part in rows.with_format("arrow").iter(1000):
+        digest.update(json.dumps(part.to_pylist(), default=str, sort_keys=True).encode())
+    return f"{len(rows)} rows {digest.hexdigest()[:8]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,23 +19,28 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from pyarrow.lib import ArrowException
 
 from megalign.errors import UserError
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
+# What datasets raises for files that it cannot read: StopIteration is an empty one, ValueErrors are pyarrow's too.
+UNREADABLE = (DatasetGenerationError, StopIteration, ValueError)
+_NO_ROWS = ("corresponds to no data", "No columns to parse", "file size is 0 bytes")
+
 Rows = Dataset | IterableDataset  # the latter with streaming=True
 Splits = Mapping[str, Rows]
 
 
-def load_split(args: Any, split: str) -> Rows:
-    """Rows of one split: of `args.dataset_name` or, for dataset_test_split, of `args.eval_dataset_name` if
-    given.
+def load_split(args: Any, split: str, *, for_evaluation: bool = False) -> Rows:
+    """Rows of one split: of `args.dataset_name` or, for evaluation, of `args.eval_dataset_name` if given.
 
-    Several names are mixed: the training split by dataset_weights, any other one after another.
+    Several names are mixed: rows to train on by dataset_weights, rows to evaluate on one after another. The split's
+    name says nothing of its use: the two splits may have the same name.
     """
-    if split == args.dataset_test_split and args.eval_dataset_name is not None:
+    if for_evaluation and args.eval_dataset_name is not None:
         # Rows that were named for evaluation are all meant, whatever their file calls its split.
         name, field = args.eval_dataset_name, "eval_dataset_name"
         return load_rows(name, split=split, field=field, only_split=True, streaming=args.streaming)
@@ -44,7 +50,7 @@ def load_split(args: Any, split: str) -> Rows:
     parts = {name: load_rows(name, split=split, config=args.dataset_config, streaming=args.streaming) for name in names}
     if len(names) == 1:
         return parts[names[0]]
-    weights = args.dataset_weights if split == args.dataset_train_split else None
+    weights = None if for_evaluation else args.dataset_weights
     return mixed([parts[name] for name in names], names, weights=weights, seed=args.data_order_seed)
 
 
@@ -80,9 +86,18 @@ def _read_files(path: str, suffix: str, field: str, streaming: bool) -> Splits:
         raise UserError(f"{field}={path!r} ends in {suffix!r}; files that are read end in {', '.join(_READERS)}")
     try:
         return load_dataset(_READERS[suffix], data_files=path, streaming=streaming)
-    except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"{field}={path!r} cannot be read as {_READERS[suffix]}: {reason}") from error
+    except UNREADABLE as error:
+        raise UserError(
+            f"{field}={path!r} cannot be read as {_READERS[suffix]}: {reason_of(error)}; mend or replace the file"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why rows cannot be read, in the first line of the reader's own words; that there are none, in ours."""
+    lines = str(error.__cause__ or error).strip().splitlines() or [""]
+    if isinstance(error, StopIteration) or any(words in lines[0] for words in _NO_ROWS):
+        return "it holds no rows"
+    return lines[0]
 
 
 def _refuse_config(config: str | None, what: str) -> None:
@@ -104,10 +119,14 @@ def _read_directory(path: Path, config: str | None, field: str, streaming: bool)
         raise UserError(f"{field}={str(path)!r} holds no {', '.join(_READERS)} files; name a directory that does")
     try:
         return load_dataset(str(path), config, streaming=streaming)
-    except DatasetGenerationError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UserError(f"{field}={str(path)!r} cannot be read: {reason}") from error
-    except ValueError as error:  # it has several configurations and none is named, or none of this name
+    except (DatasetGenerationError, StopIteration, ArrowException) as error:
+        raise UserError(
+            f"{field}={str(path)!r} cannot be read: {reason_of(error)}; mend or replace its files"
+        ) from error
+    except ValueError as error:
+        if reason_of(error) == "it holds no rows":
+            raise UserError(f"{field}={str(path)!r} cannot be read: it holds no rows; replace its files") from error
+        # It has several configurations and none is named, or none of this name.
         reason = " ".join(str(error).strip().splitlines()[:2])  # the second line lists them
         raise UserError(f"{field}={str(path)!r} with dataset_config={config!r} cannot be read: {reason}") from error
 
@@ -178,12 +197,40 @@ def take_rows(stream: IterableDataset, count: int | None, *, shuffle: bool = Fal
     stream = stream.shuffle(seed=seed) if shuffle else stream
     try:
         rows = list(islice(stream, count))
-        return as_table(rows, features=stream.features)
-    except ValueError as error:  # pyarrow's: a line that is no JSON, a column that changes its type
-        raise UserError(f"the streamed rows cannot be read: {str(error).strip().splitlines()[0]}") from error
+    except (ValueError, TypeError) as error:  # pyarrow's: a line that is no JSON, a column that changes its type
+        raise UserError(f"the streamed rows cannot be read: {reason_of(error)}") from error
+    return as_table(rows, features=stream.features)
+
+
+_NO_COLUMN = (ArrowException, ValueError, TypeError, OverflowError)  # pyarrow's own errors, and Python's in it
 
 
 def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = None) -> Dataset:
-    """Rows as a dataset with the columns of all of them; a row without a column has None there."""
+    """Rows as a dataset with the columns of all of them; a row without a column has None there.
+
+    A column has one type: rows that differ in it are an error that names the first of them.
+    """
     names = features or dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}, features=features)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return Dataset.from_dict(columns, features=features)
+    except _NO_COLUMN as error:
+        for name, values in columns.items():
+            kind = None if features is None else Features({name: features[name]})
+            if (reason := _no_column(values, name, kind)) is not None:
+                lengths = range(1, len(values) + 1)
+                row = bisect_left(lengths, True, key=lambda few: _no_column(values[:few], name, kind) is not None)
+                raise UserError(
+                    f"dataset row {row}: its {name!r} does not go into one column with the rows before it ({reason}); "
+                    "give the column one type in all rows"
+                ) from error
+        raise
+
+
+def _no_column(values: list[Any], name: str, kind: Features | None) -> str | None:
+    """Why the values are no column of a table (of this kind, where one is given), or None when they are one."""
+    try:
+        Dataset.from_dict({name: values}, features=kind)
+    except _NO_COLUMN as error:
+        return reason_of(error)
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 from datasets import List, Value
@@ -31,6 +32,41 @@ def needed(row: Row, name: str) -> Any:
         there = ", ".join(repr(key) for key in row if row[key] is not None)
         raise UserError(f"it has no {name!r}, only {there}; fill it in or drop the row")
     return row[name]
+
+
+def needed_ids(row: Row, name: str) -> list[int]:
+    """The row's token ids, which must be there and whole numbers."""
+    ids = _listed(row, name)
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise UserError(f"{name} must be whole numbers and is {token!r} at place {place}; mend the row")
+    return ids
+
+
+def mask_bits(row: Row, name: str, length: int) -> list[bool]:
+    """The row's mask, which must be 0 or 1 for each of `length` tokens."""
+    bits = as_long(row, name, length)
+    for place, bit in enumerate(bits):
+        if bit not in (0, 1):  # equal to False and True
+            raise UserError(f"{name} must be 0 or 1 at each place and is {bit!r} at place {place}; mend the row")
+    return [bool(bit) for bit in bits]
+
+
+def as_long(row: Row, name: str, length: int) -> list[Any]:
+    """The row's list, which must have a value for each of `length` tokens."""
+    values = _listed(row, name)
+    if len(values) != length:
+        raise UserError(f"{name} has {len(values)} values for {length} input_ids; give one for each")
+    return values
+
+
+def _listed(row: Row, name: str) -> list[Any]:
+    values = needed(row, name)
+    if hasattr(values, "tolist"):  # a dataset whose format is that of numpy or torch
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise UserError(f"{name} must be a list with a value for each token, not {type(values).__name__}; mend the row")
+    return list(values)
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int | None) -> None:

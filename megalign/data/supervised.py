@@ -12,7 +12,7 @@ from transformers.utils import logging
 from megalign.data.chat import as_messages, assistant_tokens, chat_ids, is_conversation
 from megalign.data.completions import Completed, completion_start, ended, template_options
 from megalign.data.packing import pack_dataset
-from megalign.data.rows import Row, check_tokens, naming_row, needed
+from megalign.data.rows import Row, as_long, check_tokens, mask_bits, naming_row, needed, needed_ids
 from megalign.errors import UserError
 
 logger = logging.get_logger(__name__)
@@ -38,8 +38,8 @@ def prepare_sft(
 ) -> Dataset:
     """Rows of any SFT format -> `input_ids` and `loss_mask` (with packing also `seq_lengths`), cut to max_length.
 
-    `packing` overrides args.packing (evaluation). Rows without a loss token are dropped, before packing
-    nothing is. Tokenized rows (`input_ids`) need no tokenizer. Tokens must be below the model's `vocab_size`,
+    `packing` overrides args.packing (evaluation). Rows without a loss token are dropped and counted; with packing,
+    packs without one. Tokenized rows (`input_ids`) need no tokenizer. Tokens must be below the model's `vocab_size`,
     where that is given.
     """
     form = SFTFormat(args.dataset_text_field, args.completion_only_loss, args.assistant_only_loss)
@@ -56,30 +56,39 @@ def prepare_sft(
     if args.packing if packing is None else packing:
         # Neighbours in the file may be alike; a pack of them would correlate what a microbatch learns from.
         rows = rows.shuffle(seed=args.data_order_seed) if args.shuffle_dataset else rows
-        return pack_dataset(rows, args.max_length, args.packing_strategy)
-    return _cut(rows, args)
+        packs = pack_dataset(rows, args.max_length, args.packing_strategy)
+        return _with_loss_tokens(packs, "packs", args)
+    return _with_loss_tokens(_cut(rows, args), "rows", args)
 
 
 def _cut(rows: Dataset, args: Any) -> Dataset:
     max_length = args.max_length
-    if max_length is not None:
-        kept = slice(-max_length, None) if args.truncation_mode == "keep_end" else slice(max_length)
-        rows = rows.map(
-            lambda row: {name: values[kept] for name, values in row.items()},
-            num_proc=args.dataset_num_proc,
-            desc="Cutting",
-        )
+    if max_length is None:
+        return rows
+    kept = slice(-max_length, None) if args.truncation_mode == "keep_end" else slice(max_length)
+    return rows.map(
+        lambda row: {name: values[kept] for name, values in row.items()},
+        num_proc=args.dataset_num_proc,
+        desc="Cutting",
+    )
+
+
+def _with_loss_tokens(rows: Dataset, called: str, args: Any) -> Dataset:
+    """The rows (or packs, as they are `called`) that have a loss token; the others are counted, none left is an
+    error.
+    """
     trained = rows.filter(
         lambda row: any(row["loss_mask"]),
         num_proc=args.dataset_num_proc,
-        desc="Dropping rows without a loss token",
+        desc=f"Dropping {called} without a loss token",
     )
     if len(trained) == 0 and len(rows) > 0:
         raise UserError(
-            f"none of the {len(rows)} rows has a loss token within max_length={max_length} tokens; raise it"
+            f"none of the {len(rows)} {called} has a loss token within max_length={args.max_length} tokens; raise it, "
+            "or mend the rows' masks"
         )
     if len(trained) < len(rows):
-        logger.warning("%d of %d rows have no loss token and are dropped", len(rows) - len(trained), len(rows))
+        logger.warning("%d of %d %s have no loss token and are dropped", len(rows) - len(trained), len(rows), called)
     return trained
 
 
@@ -101,33 +110,45 @@ def _from_tokens(row: Row, form: SFTFormat) -> dict[str, list[Any]]:
     """`labels` decide where there are any; else completion_mask (unless completion_only_loss=False) and
     assistant_masks.
 
-    TRL lets completion_mask count only where completion_only_loss is given; a mask that is there is meant.
+    TRL lets completion_mask count only where completion_only_loss is given, and attention_mask never; a mask that
+    is there is meant.
     """
-    ids = needed(row, "input_ids")
-    masks = []
+    ids = needed_ids(row, "input_ids")
+    masks: list[list[bool]] = []
     if row.get("labels") is not None:
-        labels = _as_long(row, "labels", ids)
+        labels = as_long(row, "labels", len(ids))
         if any(label not in (IGNORED, token) for label, token in zip(labels, ids, strict=True)):
             raise UserError("labels must be input_ids or -100 at each place; do not shift them")
         masks.append([label != IGNORED for label in labels])
     else:
         if row.get("completion_mask") is not None and form.completion_only_loss is not False:
-            masks.append(_as_long(row, "completion_mask", ids))
+            masks.append(mask_bits(row, "completion_mask", len(ids)))
         if row.get("assistant_masks") is not None:
-            masks.append(_as_long(row, "assistant_masks", ids))
+            masks.append(mask_bits(row, "assistant_masks", len(ids)))
         if form.completion_only_loss and row.get("completion_mask") is None:
             raise UserError("completion_only_loss=True needs completion_mask or labels beside input_ids")
-    return {"input_ids": list(ids), "loss_mask": _all_of(masks, len(ids))}
+    kept = _unpadded(row, len(ids))
+    return {"input_ids": ids[kept], "loss_mask": _all_of(masks, len(ids))[kept]}
 
 
-def _all_of(masks: Sequence[Sequence[Any]], length: int) -> list[bool]:
-    return [all(bool(mask[place]) for mask in masks) for place in range(length)]
+def _unpadded(row: Row, length: int) -> slice:
+    """The tokens that are no pads, which attention_mask (where there is one) has on the left or on the right."""
+    if row.get("attention_mask") is None:
+        return slice(length)
+    attended = mask_bits(row, "attention_mask", length)
+    start = attended.index(True) if any(attended) else length
+    stop = start + sum(attended)
+    if not all(attended[start:stop]):
+        place = attended.index(False, start)
+        raise UserError(
+            f"attention_mask is 0 at place {place}, within the row, and only pads at its ends can be left out; drop "
+            "the token or the column"
+        )
+    return slice(start, stop)
 
 
-def _as_long(row: Row, name: str, ids: Sequence[int]) -> Sequence[Any]:
-    if len(row[name]) != len(ids):
-        raise UserError(f"{name} has {len(row[name])} values for {len(ids)} input_ids; give one for each")
-    return row[name]
+def _all_of(masks: Sequence[Sequence[bool]], length: int) -> list[bool]:
+    return [all(mask[place] for mask in masks) for place in range(length)]
 
 
 def _from_text(row: Row, tokenizer: PreTrainedTokenizerBase, form: SFTFormat) -> dict[str, list[Any]]:
@@ -184,6 +205,12 @@ def _from_conversation(
     messages: list[dict[str, Any]], row: Row, tokenizer: PreTrainedTokenizerBase, form: SFTFormat
 ) -> dict[str, list[Any]]:
     if form.completion_only_loss:  # a conversation's completion is its last message
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise UserError(
+                f"completion_only_loss=True learns the last of at least 2 messages, and of these {len(messages)} the "
+                f"last is of role {messages[-1]['role']!r}; end with one of role 'assistant', or set "
+                "assistant_only_loss instead"
+            )
         return _from_turns(messages[:-1], messages[-1:], row, tokenizer, form)
     options = template_options(row)
     if not form.assistant_only_loss:

@@ -19,7 +19,7 @@ from megalign.data.completions import (
     whole_tokens,
 )
 from megalign.data.pairs import Tokenizer, check_columns, pair_of, without_empty
-from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed
+from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed, needed_ids
 from megalign.errors import UserError
 
 ROWS_AT_A_TIME = 1000
@@ -44,8 +44,8 @@ def prepare_unpaired(
     Sequences keep their first max_length tokens; rows whose prompt alone fills it are dropped and counted. The
     mismatched sequence of a row is its prompt with the completion of the row before it, within every `block` of
     rows, in which the first takes the last one's (arXiv 2402.01306 sec. 4.1): give the rows of a step. With
-    `shuffle_seed` the rows are shuffled before they are put into blocks. A row alone in the last block keeps its own
-    completion, as in TRL.
+    `shuffle_seed` the rows are shuffled before they are put into blocks. A row alone in the last block takes the
+    completion of the row before it, in the block before; in TRL it keeps its own, which is no mismatch.
     """
     check_columns(dataset, ("prompt_ids", "completion_ids"), tokenizer)
     answers = dataset.map(
@@ -68,11 +68,16 @@ def prepare_unpaired(
     if shuffle_seed is not None:
         kept = kept.shuffle(seed=shuffle_seed)
     mismatched = {"kl_ids": TOKENS, "kl_mask": MASK} if block else {}
+    is_last_alone = block is not None and block > 1 and len(kept) > 1 and len(kept) % block == 1
     return kept.map(
         _sequences,
         batched=True,
         batch_size=block or ROWS_AT_A_TIME,
-        fn_kwargs={"max_length": args.max_length, "mismatched": bool(block)},
+        fn_kwargs={
+            "max_length": args.max_length,
+            "mismatched": bool(block),
+            "for_one_alone": kept[len(kept) - 2]["completion_ids"] if is_last_alone else None,
+        },
         remove_columns=["prompt_ids", "completion_ids"],
         features=Features({"desirable": Value("bool"), **_SEQUENCES, **mismatched}),
         desc="Joining prompts and completions",
@@ -101,8 +106,8 @@ def answers_of_row(
 
 def _answers(row: Row, tokenizer: Tokenizer) -> list[tuple[Completed, bool]]:
     if "completion_ids" in row:
-        prompt = list(needed(row, "prompt_ids"))
-        return [(Completed(prompt + list(needed(row, "completion_ids")), len(prompt)), _label(row))]
+        prompt = needed_ids(row, "prompt_ids")
+        return [(Completed(prompt + needed_ids(row, "completion_ids"), len(prompt)), _label(row))]
     assert tokenizer is not None, "checked for the dataset"
     if "chosen" in row and "rejected" in row:
         pair = pair_of(row)
@@ -141,12 +146,13 @@ def _one_by_one(rows: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
 
 
 def _sequences(
-    rows: Mapping[str, Sequence[Any]], *, max_length: int | None, mismatched: bool
+    rows: Mapping[str, Sequence[Any]], *, max_length: int | None, mismatched: bool, for_one_alone: list[int] | None
 ) -> dict[str, list[list[Any]]]:
     prompts, completions = rows["prompt_ids"], rows["completion_ids"]
     found = dict(zip(("input_ids", "loss_mask"), _joined(prompts, completions, max_length), strict=True))
     if mismatched:
-        before = [completions[-1], *completions[:-1]]
+        is_alone = len(completions) == 1 and for_one_alone is not None
+        before = [for_one_alone] if is_alone else [completions[-1], *completions[:-1]]
         found |= zip(("kl_ids", "kl_mask"), _joined(prompts, before, max_length), strict=True)
     return found
 

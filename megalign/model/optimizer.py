@@ -73,10 +73,13 @@ def zero_gradients(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> Non
 
 def step(optimizer: MegatronOptimizer, learning_rate: float) -> float:
     """One clipped AdamW step; returns the gradient norm before clipping."""
+    config = optimizer.config
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
         # Megatron's groups only carry the multiplier; its own scheduler, which we do not use, applies it.
-        group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        # A resumed run's are its own, not the checkpoint's.
+        group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
     with megatron_calls():
         succeeded, grad_norm, _ = optimizer.step()
     assert succeeded, "only fp16 loss scaling can skip a step, and megalign has none"

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -173,11 +174,15 @@ def _module(name: str, module_name: str) -> Any:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not module_name.startswith(error.name or "?"):
-            raise
+            raise _unimportable(f"reward function {name!r}", error) from error
         raise UserError(
             f"reward function {name!r}: there is no module {error.name!r}; check the name, or give "
             "path/to/file.py:function"
         ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unimportable(f"reward function {name!r}", error) from error
 
 
 def _module_from_file(path: str) -> Any:
@@ -188,8 +193,29 @@ def _module_from_file(path: str) -> Any:
     assert specification is not None and specification.loader is not None, path
     module = importlib.util.module_from_spec(specification)
     sys.modules[module_name] = module
-    specification.loader.exec_module(module)
+    try:
+        specification.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unimportable(f"reward file {path!r}", error) from error
     return module
+
+
+def _unimportable(what: str, error: Exception) -> UserError:
+    """The error of a module that fails while it is imported, with the line of it that does."""
+    if isinstance(error, SyntaxError):
+        file, line, reason = error.filename, error.lineno, error.msg
+    else:
+        machinery = (__file__, importlib.__file__)
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in machinery]
+        where = next((frame for frame in frames if not frame.filename.startswith("<frozen")), None)
+        file, line = (where.filename, where.lineno) if where else (None, None)
+        reason = (str(error).strip().splitlines() or [""])[0]
+    return UserError(
+        f"{what} cannot be imported: {type(error).__name__} in {file}, line {line}: {reason}; mend it, or try it "
+        "with python"
+    )
 
 
 def _attribute(name: str, module: Any, attribute: str) -> RewardFunction:

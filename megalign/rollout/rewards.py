@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -231,7 +232,7 @@ def _arguments(completions: list[Completion], prompts: list[Any], texts: list[st
         **{name: [completion.row.get(name) for completion in completions] for name in columns},
         "prompts": prompts,
         "completions": [_conversational(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
-        "completion_ids": [completion.completion_ids for completion in completions],
+        "completion_ids": [list(completion.completion_ids) for completion in completions],
     }
 
 
@@ -244,6 +245,8 @@ def _conversational(prompt: Any, text: str) -> Any:
 def _number(index: int, value: Any) -> float:
     if value is None:
         return math.nan
+    if isinstance(value, np.generic | torch.Tensor) and value.ndim == 0:
+        value = value.item()
     if not isinstance(value, numbers.Real) or abs(value) > _LARGEST:
         raise UserError(
             f"it returned {value!r} for completion {index}; return a finite number of fp32, or None where it does not "

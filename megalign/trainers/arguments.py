@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,44 @@ def model_directory(model: Any, args: Any) -> str:
 
 
 def make_output_dir(path: str) -> None:
-    """Makes output_dir before anything long has run."""
+    """Makes output_dir, in which files can be made, before anything long has run."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir={path!r} cannot be made ({error.strerror}); choose another directory") from error
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(
+            f"output_dir={path!r} cannot be written to ({error.strerror}); choose another directory"
+        ) from error
+
+
+def refuse_same_directory(output_dir: str, models: Mapping[str, str | None]) -> None:
+    """The trained model must not take the place of one that the run starts from; `models` are paths by their names."""
+    target = Path(output_dir).resolve()
+    for name, path in models.items():
+        if path is not None and Path(path).resolve() == target:
+            raise UserError(
+                f"output_dir={output_dir!r} is also the directory of {name}, which the trained model would overwrite; "
+                "choose another output_dir"
+            )
+
+
+def check_processing_class(given: Any) -> None:
+    """A tokenizer, or None for the model directory's own."""
+    if given is not None and (isinstance(given, type) or not callable(given)):
+        found = given.__name__ if isinstance(given, type) else repr(given)
+        raise UserError(
+            f"processing_class={found} is not a tokenizer; give what AutoTokenizer.from_pretrained(path) returns"
+        )
+
+
+def as_list(given: Any) -> list[Any]:
+    """None, one or several as a list."""
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def has_tokenizer(model_path: str) -> bool:

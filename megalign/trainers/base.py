@@ -6,8 +6,10 @@ that yields after each optimizer step; what happens between two steps is here.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +35,7 @@ from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
-# A resumed run must share these fields' values, and the world size.
+# A resumed run must share these fields' values, the world size, the rows and the models' architectures.
 LAYOUT_FIELDS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -86,12 +88,14 @@ class Trainer:
         args.validate(self.groups.world.size)
         arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
+        arguments.check_processing_class(processing_class)
         self.architecture = architecture_of(read_config(self.model_path))
         check_layout(self.architecture, self.groups)
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)
         self.make_parts()
+        arguments.refuse_same_directory(args.output_dir, {"model": self.model_path})
         arguments.make_output_dir(args.output_dir)
         set_seed(args.seed)
         self.train_rows = self._prepare(train_dataset, "train_dataset")
@@ -130,6 +134,10 @@ class Trainer:
     def engines(self) -> dict[str, TrainEngine]:
         """What a checkpoint keeps whole: every engine whose weights change, by the name of its directory."""
         return {"engine": self.policy}
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share beside layout, rows and architectures, in JSON's types."""
+        return {}
 
     def make_parts(self) -> None:
         """What the trainer is made of beside rows and weights, and so the first to be known as wrong."""
@@ -357,8 +365,18 @@ class Trainer:
             "trainer": type(self).__name__,
             "world_size": self.groups.world.size,
             **{name: getattr(self.args, name) for name in (*LAYOUT_FIELDS, *self.data_fields)},
-            "train_dataset": prepared.describe_rows(self.train_rows),
+            **{
+                "model" if name == "engine" else name: dataclasses.asdict(engine.architecture)
+                for name, engine in self.engines().items()
+            },
+            "train_dataset": self._described_rows,
+            **self.settings(),
         }
+
+    @cached_property
+    def _described_rows(self) -> str:
+        """They are read through once, not at every checkpoint."""
+        return prepared.describe_rows(self.train_rows)
 
     def _save_checkpoint(self) -> None:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -378,4 +396,6 @@ class Trainer:
         state, loop = checkpointing.load_checkpoint(path, self.engines(), self.groups.world)
         self.run.resume(state, loop["position"], self.plan)
         self.restore_loop_state(loop["leaf"])
+        if self.state.global_step < self.plan.max_steps:
+            self.run.file.go_on_after(self.state.global_step, logged_step=self.run.logged_step)
         self.run.say(f"resumed from {path}")

@@ -6,16 +6,21 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import re
 import shutil
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
 from megalign.errors import UserError
@@ -28,6 +33,10 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
 LATEST = "latest"
+_MANIFEST_KINDS = {"step": int, "written": float, "settings": dict, "files": dict}
+# CheckpointException is torch's, of a file that any rank could not read; it is no Exception.
+_DAMAGED = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, json.JSONDecodeError)
+_DAMAGED_ENGINE = (*_DAMAGED, CheckpointException, CheckpointingException)
 
 
 def save_checkpoint(
@@ -40,15 +49,18 @@ def save_checkpoint(
 ) -> None:
     """Writes a whole checkpoint; `loop` is this rank's part, `settings` what a resumed run must share."""
     if world.rank == 0 and path.exists():  # left by a run that was killed, or by one that is being repeated
-        shutil.rmtree(path)
+        with _writing(path):
+            shutil.rmtree(path)
     barrier(world)
-    (path / "loop").mkdir(parents=True, exist_ok=True)
+    with _writing(path):
+        (path / "loop").mkdir(parents=True, exist_ok=True)
     for name, engine in engines.items():
-        with engine.kept_as_it_was():
+        with engine.kept_as_it_was(), _writing(path):
             engine.save(str(path / name))
-    torch.save({"rng": rng_state(), **loop}, _loop_file(path, world.rank))
-    if world.rank == 0:
-        state.save_to_json(str(path / STATE))
+    with _writing(path):
+        torch.save({"rng": rng_state(), **loop}, _loop_file(path, world.rank))
+        if world.rank == 0:
+            state.save_to_json(str(path / STATE))
     barrier(world)
     if world.rank == 0:
         files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
@@ -62,11 +74,14 @@ def save_checkpoint(
 def load_checkpoint(path: Path, engines: Mapping[str, TrainEngine], world: Axis) -> tuple[TrainerState, dict[str, Any]]:
     """Puts the engines and this rank's random generators where the checkpoint left them."""
     for name, engine in engines.items():
-        with engine.kept_as_it_was():
+        with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
             engine.load(str(path / name))
-    loop = torch.load(_loop_file(path, world.rank), map_location="cpu", weights_only=True)
+    file = _loop_file(path, world.rank)
+    with _reading(file, *_DAMAGED):
+        loop = torch.load(file, map_location="cpu", weights_only=True)
     set_rng_state(loop.pop("rng"))
-    return TrainerState.load_from_json(str(path / STATE)), loop
+    with _reading(path / STATE, ValueError, TypeError):  # no JSON, or other fields
+        return TrainerState.load_from_json(str(path / STATE)), loop
 
 
 def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
@@ -74,7 +89,7 @@ def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
     if resume is None or resume is False or resume == "":
         return None
     if resume is True or resume == LATEST:
-        whole = [path for path in checkpoints(output_dir) if (path / MANIFEST).exists()]
+        whole = [path for path in checkpoints(output_dir) if _manifest(path) is not None]
         return whole[-1] if whole else None
     path = Path(str(resume))
     if not path.is_dir():
@@ -85,24 +100,25 @@ def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
         raise UserError(
             f"{path} has no {MANIFEST}, so it was not written to its end; resume from another checkpoint or {LATEST}"
         )
+    if _manifest(path) is None:
+        raise UserError(f"{path / MANIFEST} is damaged; resume from another checkpoint or {LATEST}")
     return path
 
 
 def check_checkpoint(path: Path, settings: Mapping[str, Any]) -> int:
-    """The step of a checkpoint whose files are whole and whose layout and data are this run's."""
-    manifest = json.loads((path / MANIFEST).read_text())
+    """The step of a checkpoint whose files are whole and whose layout, models and data are this run's."""
+    manifest = _manifest(path)
+    assert manifest is not None, "find_checkpoint gives no other"
     for name, size in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.exists() else "no"
         if found != size:
             raise UserError(f"{file} has {found} bytes where its manifest says {size}; resume from another checkpoint")
-    then = manifest["settings"]
-    for name, value in json.loads(json.dumps(dict(settings))).items():
-        if name not in then or then[name] != value:
-            raise UserError(
-                f"{name} is {value} but {path} was made with {then.get(name)}; resuming needs the same layout and "
-                f"data: set {name} back, or start without resume_from_checkpoint"
-            )
+    for name, value, then in _differences(json.loads(json.dumps(dict(settings))), manifest["settings"]):
+        raise UserError(
+            f"{name} is {value} but {path} was made with {then}; resuming needs the same layout, models and data: "
+            f"set {name} back, or start without resume_from_checkpoint"
+        )
     return int(manifest["step"])
 
 
@@ -131,10 +147,52 @@ def checkpoints(output_dir: str) -> list[Path]:
 
 
 def _written(path: Path) -> float:
+    manifest = _manifest(path)
+    return 0.0 if manifest is None else float(manifest["written"])
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint says of itself; None where it is not whole, or the manifest itself is damaged."""
     try:
-        return float(json.loads((path / MANIFEST).read_text())["written"])
-    except FileNotFoundError:
-        return 0.0
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    whole = isinstance(manifest, dict) and all(
+        isinstance(manifest.get(name), kind) for name, kind in _MANIFEST_KINDS.items()
+    )
+    return manifest if whole else None
+
+
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value now and value then of each setting that is not the same; `model.hidden_size` of what is inside."""
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in _differences(value, before))
+        elif name not in then or before != value:
+            yield name, value, before
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns a full disk, a file in the directory's place and the like into a UserError."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]  # CheckpointException tells of all ranks, with tracebacks
+        raise UserError(
+            f"cannot write the checkpoint {path} ({reason}); make room or choose another output_dir"
+        ) from error
+
+
+@contextmanager
+def _reading(path: Path, *damage: type[BaseException]) -> Iterator[None]:
+    """Turns what a damaged file raises into a UserError."""
+    try:
+        yield
+    except damage as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
+        raise UserError(f"{path} is damaged ({reason}); resume from another checkpoint") from error
 
 
 def rng_state() -> dict[str, Any]:

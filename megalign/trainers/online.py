@@ -17,7 +17,7 @@ from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
 from megalign.rollout.reward_functions import get_soft_overlong_punishment
 from megalign.rollout.vllm_engine import VllmEngine
 from megalign.train_engine import StepResult
-from megalign.trainers.arguments import has_tokenizer
+from megalign.trainers.arguments import as_list, has_tokenizer, refuse_same_directory
 from megalign.trainers.base import DATA_FIELDS, Trainer
 from megalign.trainers.dynamic_sampling import Refill
 from megalign.trainers.experience import (
@@ -103,6 +103,8 @@ class OnlineTrainer(Trainer):
     def make_parts(self) -> None:
         """Reward functions that are found, a weight for each, and vLLM."""
         self.rewards, self.reward_weights = self._rewarding()
+        models = {f"reward model {model.name}": model.path for model in self.rewards.models.values()}
+        refuse_same_directory(self.args.output_dir, models)
         if find_spec("vllm") is None:
             raise UserError(
                 "vLLM is not installed: completions are sampled by it; tools/install.sh installs it "
@@ -157,6 +159,9 @@ class OnlineTrainer(Trainer):
         """One optimizer step."""
         return self.update(minibatch.batches, minibatch.counts)
 
+    def after_credit(self, credited: Credited) -> None:
+        """Called once for each round that is learned from, when it is known what it was worth."""
+
     def before_steps(self, schedule: list[Minibatch]) -> list[Minibatch]:
         """Called once for each round, with all of its optimizer steps, before the first of them."""
         return schedule
@@ -190,6 +195,7 @@ class OnlineTrainer(Trainer):
         minibatches = self.experience.minibatches(sampled.completions, step=number, num_updates=self.updates_per_pass)
         minibatches, metrics = self.experience.add_columns(minibatches)
         credited = self.with_advantages(minibatches, sampled.scored.rewards, self.args.num_generations)
+        self.after_credit(credited)
         self._note_round(sampled, credited.advantages)
         self.run.window.add({**metrics, **credited.metrics})
         return credited.minibatches * self.args.passes_per_round
@@ -317,10 +323,13 @@ class OnlineTrainer(Trainer):
         for number in range(sampler.position, sampler.batches_per_epoch):
             yield epoch * sampler.batches_per_epoch + number, [self.train_rows[row] for row in next(sampler)]
 
+    def reward_sources(self) -> list[Any]:
+        """The constructor's reward_funcs, else the config's."""
+        return as_list(self.args.reward_funcs if self._reward_funcs is None else self._reward_funcs)
+
     def _rewarding(self) -> tuple[Rewarding, Tensor]:
         """What scores completions, and the weight of each part."""
-        given = self.args.reward_sources if self._reward_funcs is None else self._reward_funcs
-        chosen = [given] if callable(given) or isinstance(given, str) else list(given or [])
+        chosen = self.reward_sources()
         weights = list(self.args.reward_weights or [1.0] * len(chosen))
         if len(weights) != len(chosen):
             raise UserError(

@@ -29,6 +29,7 @@ from megalign.parallel.reduce import reduce_metrics, sum_over
 from megalign.rollout.engine import GenerationParams, awake
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments
+from megalign.trainers.arguments import as_list
 from megalign.trainers.experience import Credited, Minibatch, total_counts, with_token_columns
 from megalign.trainers.online import ONLINE_REFUSED, OnlineTrainer
 from megalign.trainers.reference import Reference
@@ -52,11 +53,9 @@ class PPOTrainer(OnlineTrainer):
         value_model: str | None = None,
         **given: Any,
     ) -> None:
-        self._ref_model, self._value_model = ref_model, value_model
+        self._ref_model, self._reward_model, self._value_model = ref_model, reward_model, value_model
         if model is None and args is not None and args.model_name_or_path is None:
             model = args.sft_model_path
-        if reward_model is not None:
-            reward_funcs = [*_as_list(reward_funcs), reward_model]
         super().__init__(model, reward_funcs, args, **given)
 
     # ---- the four models
@@ -69,13 +68,21 @@ class PPOTrainer(OnlineTrainer):
         if args.kl_target is not None:
             self.kl = AdaptiveKLController(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
 
+    def reward_sources(self) -> list[Any]:
+        """The reward functions, and the reward model behind them."""
+        model = self.args.reward_model_path if self._reward_model is None else self._reward_model
+        return [*super().reward_sources(), *as_list(model)]
+
     def load_engines(self) -> None:
         """Reward models, reference and critic."""
         self.rewards.load()
-        path = self._ref_model or self.args.sft_model_path or self.model_path
-        self.reference = Reference(arguments.model_directory(path, None), self.args, self.groups)
+        output_dir, critic = self.args.output_dir, self._critic_path()
+        path = arguments.model_directory(self._ref_model or self.args.sft_model_path or self.model_path, None)
+        arguments.refuse_same_directory(output_dir, {"the reference": path, "the critic": critic})
+        arguments.refuse_same_directory(str(self._critic_directory(output_dir)), {"the critic": critic})
+        self.reference = Reference(path, self.args, self.groups)
         _ = self.reference.engine
-        self.critic = TrainEngine(self._critic_path(), self.args, self.groups, score_head=True)
+        self.critic = TrainEngine(critic, self.args, self.groups, score_head=True)
         self.critic.sleep()
 
     def _critic_path(self) -> str:
@@ -92,14 +99,26 @@ class PPOTrainer(OnlineTrainer):
         """The policy as a Hugging Face directory, and the critic in its critic/."""
         super().save_model(output_dir)
         with self.critic.kept_as_it_was():
-            path = Path(output_dir or self.args.output_dir) / "critic"
+            path = self._critic_directory(output_dir or self.args.output_dir)
             self.critic.export(str(path), special_tokens=self.special_tokens)
+
+    def _critic_directory(self, output_dir: str) -> Path:
+        return Path(output_dir) / "critic"
+
+    def settings(self) -> dict[str, Any]:
+        """The reference by the name of its directory."""
+        return {**super().settings(), "ref_model": Path(self.reference.model_path).resolve().name}
 
     def generation_params(self) -> GenerationParams:
         """With stop_token_id that token alone ends a completion: the model's own end tokens are sampled on past."""
         params, stop = super().generation_params(), self.args.stop_token_id
         if stop is None:
             return params
+        if stop >= self.architecture.vocab_size:
+            raise UserError(
+                f"stop_token_id={stop} is not in the model's vocabulary of {self.architecture.vocab_size}; give the id "
+                "of one of its tokens"
+            )
         return replace(params, stop_token_ids=(stop,), extra={"ignore_eos": True, **params.extra})
 
     def max_steps(self) -> int:
@@ -170,7 +189,7 @@ class PPOTrainer(OnlineTrainer):
     def _objective(
         self, token_kl: list[Tensor], batches: list[Batch], minibatches: list[Minibatch], scores: Tensor
     ) -> dict[str, float]:
-        """TRL's objective/*; an adaptive coefficient moves afterwards, for the next round."""
+        """TRL's objective/*."""
         counts, coefficient = total_counts(minibatches), self.kl.coefficient
         shares = [
             objective_metrics(kl, batch, counts, kl_coef=coefficient)
@@ -179,7 +198,6 @@ class PPOTrainer(OnlineTrainer):
         metrics = reduce_metrics(shares, self.groups)
         ended = self.experience.per_completion(minibatches, lambda batch: batch["ended"])
         paid = with_missing_eos_penalty(scores, ended.bool(), self.args.missing_eos_penalty).mean().item()
-        self.kl.update(metrics["objective/kl"], len(scores))
         return {
             **metrics,
             "objective/scores": paid,
@@ -187,6 +205,10 @@ class PPOTrainer(OnlineTrainer):
             "kl_coef": coefficient,
             "val/num_eos_tokens": float(ended.sum()),
         }
+
+    def after_credit(self, credited: Credited) -> None:
+        """An adaptive coefficient moves, for the next round."""
+        self.kl.update(credited.metrics["objective/kl"], len(credited.advantages))
 
     # ---- the steps
 
@@ -228,12 +250,6 @@ class PPOTrainer(OnlineTrainer):
         """Also the KL coefficient."""
         super().restore_loop_state(state)
         self.kl.load_state_dict(state["kl"])
-
-
-def _as_list(given: Any) -> list[Any]:
-    if given is None:
-        return []
-    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _on_loss_tokens(estimator: Any, batch: Batch) -> Tensor:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megalign.batch import Batch
+from megalign.conversion.families import architecture_of
+from megalign.conversion.hf_files import read_config
+from megalign.errors import UserError
 from megalign.train_engine import TrainEngine
 from megalign.trainers import arguments
 from megalign.trainers.offline import OfflineTrainer
@@ -31,6 +35,12 @@ class PreferenceTrainer(OfflineTrainer):
         """A reference that the config allows; it is loaded when it is first needed."""
         super().make_parts()
         path = self.model_path if self._ref_model is None else arguments.model_directory(self._ref_model, None)
+        if self.args.sync_ref_model and architecture_of(read_config(path)) != self.architecture:
+            raise UserError(
+                f"sync_ref_model=True mixes the policy into the reference, and {path} is another architecture; use one "
+                "of the policy's sizes, or sync_ref_model=False"
+            )
+        arguments.refuse_same_directory(self.args.output_dir, {"ref_model": path})
         self.reference = Reference(path, self.args, self.groups)
 
     def make_policy(self) -> TrainEngine:
@@ -48,6 +58,10 @@ class PreferenceTrainer(OfflineTrainer):
         """A reference that follows the policy is part of where a run stands."""
         engines = super().engines()
         return {**engines, "reference": self.reference.engine} if self.args.sync_ref_model else engines
+
+    def settings(self) -> dict[str, Any]:
+        """The reference by the name of its directory: the same model may lie elsewhere when the run goes on."""
+        return {**super().settings(), "ref_model": Path(self.reference.model_path).resolve().name}
 
     def after_step(self) -> None:
         """The reference follows, where asked to."""

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from megalign.errors import UserError
+
 
 class MetricsWindow:
     """Values noted since the last log line: the mean of some, the latest of others."""
@@ -56,6 +58,8 @@ class MetricsFile:
     def __init__(self, output_dir: str, *, active: bool) -> None:
         self.path = Path(output_dir) / "metrics.jsonl"
         self.active = active
+        if active and self.path.is_dir():
+            raise UserError(f"{self.path} is a directory, where the metrics' file goes; choose another output_dir")
         self._earlier = self.path.stat().st_size if active and self.path.exists() else 0
 
     def start_afresh(self) -> None:
@@ -64,17 +68,45 @@ class MetricsFile:
             self.path.write_bytes(self.path.read_bytes()[self._earlier :])
             self._earlier = 0
 
+    def go_on_after(self, step: int, *, logged_step: int) -> None:
+        """Drops the lines of steps that are taken again, or told again because they came after `logged_step`.
+
+        Nor is the summary of a run that goes on its last line.
+        """
+        if not (self.active and self.path.exists()):
+            return
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = "".join(line for line in lines if _stays(line, step, logged_step))
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text(kept)
+        unfinished.rename(self.path)
+
     def append(self, line: Mapping[str, Any]) -> None:
         """Writes a line at the end of the file."""
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = (json.dumps(line) + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, data)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}); make room or choose another output_dir"
+            ) from error
+
+
+def _stays(text: str, step: int, logged_step: int) -> bool:
+    """Whether a line is of a run that went no further than `step` and logged its training until `logged_step`."""
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:  # half a line, of a disk that was full
+        return False
+    is_summary, is_training = "train_runtime" in line, "loss" in line
+    return not is_summary and line["step"] <= (logged_step if is_training else step)
 
 
 def write_completions(output_dir: str, step: int, table: Mapping[str, list[Any]]) -> Path:

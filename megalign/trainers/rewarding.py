@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from megalign.batch import Completion
+from megalign.conversion.families import is_classifier
+from megalign.conversion.hf_files import read_config
 from megalign.data.chat import as_messages, chat_ids, is_conversation, load_tokenizer
 from megalign.data.collate import packed_share
 from megalign.data.rows import check_tokens
@@ -29,6 +31,11 @@ class RewardModel:
     def __init__(self, path: str, args: Any, groups: ParallelGroups, tokenizer: Any = None) -> None:
         self.path, self._args, self._groups = path, args, groups
         self.name = Path(path).name
+        if not is_classifier(read_config(path)):
+            raise UserError(
+                f"reward model {path} has no score head: it is a language model; train one from it with `megalign "
+                "reward`, or name a *ForSequenceClassification"
+            )
         if tokenizer is None and not has_tokenizer(path):
             raise UserError(
                 f"reward model {path} has no tokenizer; add its files or pass reward_processing_classes, one a function"
@@ -62,7 +69,7 @@ class RewardModel:
     def _sequence(self, prompt: Any, text: str) -> dict[str, list[Any]]:
         if is_conversation(prompt):
             messages = [*as_messages(prompt), {"role": "assistant", "content": text}]
-            ids = chat_ids(self._tokenizer, messages, options={})
+            ids = chat_ids(self._tokenizer, messages, options=self._args.chat_template_kwargs or {})
         else:
             ids = self._tokenizer(text=prompt + text, add_special_tokens=False)["input_ids"]
         check_tokens(ids, self.engine.architecture.vocab_size)

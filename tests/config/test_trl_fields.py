@@ -110,8 +110,6 @@ DEFAULTS_REFUSED_ON_PURPOSE = {
 }
 # Fields that are read through a property or method of the config.
 READ_THROUGH = {
-    "reward_funcs": "reward_sources",
-    "reward_model_path": "reward_sources",
     "bf16": "params_dtype_name",
     "model_init_kwargs": "params_dtype_name",
     "data_seed": "data_order_seed",

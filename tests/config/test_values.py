@@ -65,6 +65,8 @@ def test_an_unknown_attribute_set_later_is_not_dropped():
         {"per_device_train_batch_size": 0},
         {"save_steps": 0},
         {"seed": -1},
+        {"adam_beta1": 1.0},
+        {"adam_beta2": 1.0},
         {"max_length": 0},
         {"lr_scheduler_type": "reduce_lr_on_plateau"},
         {"lr_scheduler_type": "linea"},

@@ -154,6 +154,16 @@ def test_companion_files_travel(model_dir: Path, tmp_path: Path) -> None:
     assert {"chat_template.jinja", "generation_config.json"} <= names and "README.md" not in names
 
 
+def test_what_the_source_lacks_does_not_stay_from_an_earlier_export(model_dir: Path, tmp_path: Path) -> None:
+    (model_dir / "chat_template.jinja").write_text("{{ messages }}")
+    target = write(tmp_path / "written", model_dir)
+    (target / "vocab.txt").write_text("not ours")
+    (model_dir / "chat_template.jinja").unlink()
+    write(target, model_dir)
+    names = {path.name for path in target.iterdir()}
+    assert "chat_template.jinja" not in names and {"vocab.txt", "generation_config.json"} <= names
+
+
 @pytest.mark.parametrize("generation", [None, 2, [2], [7, 2], [3, 7]])
 @pytest.mark.parametrize("config", [None, 2, 3, [3, 7], [7, 3]])
 def test_special_tokens_are_aligned_as_transformers_does(config: object, generation: object) -> None:

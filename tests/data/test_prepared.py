@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from megalign.data import prepared
-from megalign.data.prepared import code_digest, of_this_code, once_per_job
+from megalign.data.prepared import code_digest, describe_rows, of_this_code, once_per_job
 from megalign.errors import UserError
 from tests.ranks import RanksError, run_ranks
 
@@ -90,6 +90,21 @@ def slow_to_make(directory: str, seconds: float) -> tuple[list[dict[str, object]
 def test_rows_may_take_longer_than_a_collective_may(tmp_path: Path) -> None:
     for rows, seconds in run_ranks(2, slow_to_make, str(tmp_path), 3.0, fresh=True):
         assert rows == ROWS and seconds > 3
+
+
+# ---- what rows are known by
+
+
+def test_rows_are_known_by_their_content_wherever_they_lie(tmp_path: Path) -> None:
+    rows = Dataset.from_list(
+        [{"ids": [n, n + 1], "flag": n % 3 == 0, "text": None if n == 5 else str(n)} for n in range(9)]
+    )
+    rows.save_to_disk(str(tmp_path))
+    same = [rows, load_from_disk(str(tmp_path)), rows.select([*range(9)][::-1]).select([*range(9)][::-1])]
+    same.append(concatenate_datasets([rows.select(range(4)), rows.select(range(4, 9))]))
+    assert len({describe_rows(one) for one in same}) == 1
+    other = rows.map(lambda row, n: {"ids": [n, n + (2 if n == 4 else 1)]}, with_indices=True)
+    assert describe_rows(other) != describe_rows(rows) and describe_rows(rows).startswith("9 rows ")
 
 
 # ---- what datasets caches

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from megalign.cli import _datasets
 from megalign.config import SFTConfig
-from megalign.data.reading import load_rows, load_split, mixed, take_rows
+from megalign.data.reading import as_table, load_rows, load_split, mixed, take_rows
 from megalign.errors import UserError
 
 ROWS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}]
@@ -41,8 +42,21 @@ def test_rows_to_evaluate_on_may_have_a_file_of_their_own(tmp_path: Path) -> Non
     path = write(tmp_path / "rows.jsonl")
     held_out = write(tmp_path / "held_out.jsonl", ROWS[:1])
     args = SFTConfig(dataset_name=path, eval_dataset_name=held_out)
-    assert load_split(args, "test").to_list() == ROWS[:1]
+    assert load_split(args, "test", for_evaluation=True).to_list() == ROWS[:1]
     assert load_split(args, "train").to_list() == ROWS
+    with pytest.raises(UserError, match="rows.jsonl' has no split 'test'"):
+        load_split(args, "test")
+
+
+def test_a_split_of_the_same_name_is_trained_on_and_evaluated_on_by_its_use(tmp_path: Path) -> None:
+    names = [write(tmp_path / f"{name}.jsonl", [{"text": name}] * count) for name, count in (("a", 4), ("b", 2))]
+    held_out = write(tmp_path / "held_out.jsonl", ROWS[:1])
+    asked = {"dataset_test_split": "train", "eval_strategy": "steps"}
+    train_rows, eval_rows = _datasets(SFTConfig(dataset_name=names[0], eval_dataset_name=held_out, **asked))
+    assert texts(train_rows) == ["a"] * 4 and texts(eval_rows) == ["one"]
+    train_rows, eval_rows = _datasets(SFTConfig(dataset_name=names, dataset_weights=[0.5, 0.5], **asked))
+    assert texts(eval_rows) == ["a"] * 4 + ["b"] * 2 != texts(train_rows)[:6]
+    assert _datasets(SFTConfig(dataset_name=names[0], dataset_test_split="train"))[1] is None
 
 
 def test_a_directory_of_files_has_the_splits_that_they_are_named_for(tmp_path: Path) -> None:
@@ -77,6 +91,69 @@ def test_what_cannot_be_read_is_one_line_that_names_it(tmp_path: Path) -> None:
         assert name in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="dataset_name is missing"):
         load_split(SFTConfig(), "train")
+
+
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "empty.jsonl": (b"", "as json: it holds no rows; mend"),
+    "blank.jsonl": (b"\n", "as json: it holds no rows; mend"),
+    "empty.parquet": (b"", "as parquet: it holds no rows; mend"),
+    "torn.parquet": (b"PAR1 and then nothing", "as parquet: Parquet magic bytes not found"),
+    "empty.csv": (b"", "as csv: it holds no rows; mend"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_holds_no_rows_or_is_torn_is_one_line(tmp_path: Path, name: str, streaming: bool) -> None:
+    content, message = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    if streaming and name in ("blank.jsonl", "empty.csv"):  # found out when it is read
+        stream = load_rows(str(tmp_path / name), split="train", streaming=True)
+        if name == "blank.jsonl":
+            assert len(take_rows(stream, 1)) == 0
+        else:
+            with pytest.raises(UserError, match="streamed rows cannot be read: it holds no rows"):
+                take_rows(stream, 1)
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        load_rows(str(tmp_path / name), split="train", field="eval_dataset_name", streaming=streaming)
+    assert str(caught.value).startswith("eval_dataset_name=") and name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("train.jsonl", b"\n"), ("train.jsonl", b""), ("train.parquet", b"PAR1")]
+)
+def test_a_directory_of_such_files_is_one_line_too(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read: .*; (mend or )?replace its files") as caught:
+        load_rows(str(tmp_path), split="train")
+    assert str(tmp_path) in str(caught.value) and "dataset_config" not in str(caught.value)
+
+
+# ---- rows of Python
+
+
+MESSAGE = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["x", "y", [MESSAGE]],
+        [1, 2, "x"],
+        ["x", "y", 1],
+        [[MESSAGE], [MESSAGE], [{**MESSAGE, "content": ["x"]}]],
+        [1, 2, 10**30],
+        ["x", None, object()],
+    ],
+)
+def test_rows_of_mixed_types_are_named_by_column_and_row(values: list[object]) -> None:
+    rows = [{"fine": place, "mixed": value} for place, value in enumerate([*values, values[0]])]
+    with pytest.raises(UserError, match="dataset row 2: its 'mixed' .*; give the column one type") as caught:
+        as_table(rows)
+    assert "\n" not in str(caught.value)
+    assert as_table(rows[:2])["fine"] == [0, 1]
 
 
 # ---- configurations
@@ -165,7 +242,7 @@ def test_rows_to_evaluate_on_are_each_taken_once_whatever_the_weights(tmp_path: 
         write(tmp_path / name / "test.jsonl", [{"text": f"{name}{place}"} for place in range(count)])
         names.append(str(tmp_path / name))
     args = SFTConfig(dataset_name=names, dataset_weights=[0.9, 0.1])
-    assert texts(load_split(args, "test")) == ["a0", "a1", "b0", "b1", "b2"]
+    assert texts(load_split(args, "test", for_evaluation=True)) == ["a0", "a1", "b0", "b1", "b2"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -241,7 +318,7 @@ def test_a_shuffled_stream_is_drawn_from_a_buffer_by_the_seed() -> None:
 def test_rows_of_a_stream_may_lack_columns() -> None:
     stream = IterableDataset.from_generator(lambda: iter([{"a": 1}, {"a": 2, "b": "x"}]))
     assert take_rows(stream, 2).to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
-    with pytest.raises(UserError, match="streamed rows cannot be read: .*'x'"):
+    with pytest.raises(UserError, match="row 1: its 'a' does not go .*'x'"):
         take_rows(IterableDataset.from_generator(lambda: iter([{"a": 1}, {"a": "x"}])), 2)
 
 

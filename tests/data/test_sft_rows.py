@@ -152,6 +152,48 @@ def test_a_completion_mask_that_is_there_counts_and_can_be_switched_off() -> Non
     assert our_rows(rows, None, config(completion_only_loss=False))[0]["loss_mask"] == [True, True, True]
 
 
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_pads_are_left_out_with_what_masks_and_labels_say_of_them(side: str, packing: bool) -> None:
+    left, right = (2 if side in ("left", "both") else 0), (3 if side in ("right", "both") else 0)
+
+    def padded(values: list[int], pad: int) -> list[int]:
+        return [pad] * left + values + [pad] * right
+
+    alone = {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}
+    rows = {
+        "completion_mask": [0, 1, 1],
+        "assistant_masks": [0, 1, 1],
+        "labels": [-100, 6, 7],
+    }
+    expected = our_rows([alone], None, config(packing=packing))
+    for name, values in rows.items():
+        row = {"input_ids": padded([5, 6, 7], 0), "attention_mask": padded([1, 1, 1], 0)}
+        pad = 0 if name == "labels" else 1  # the pad's own id, and what a careless mask says
+        assert our_rows([{**row, name: padded(values, pad)}], None, config(packing=packing)) == expected
+    plain = {"input_ids": padded([5, 6, 7], 0), "attention_mask": padded([1, 1, 1], 0)}
+    assert our_rows([plain], None, config())[0] == {"input_ids": [5, 6, 7], "loss_mask": [True] * 3}
+    others = {"input_ids": [0, 0], "attention_mask": [0, 0]}
+    assert len(our_rows([plain, others], None, config())) == 1  # it has no token
+
+
+def test_token_ids_may_come_from_a_dataset_in_numpys_format() -> None:
+    rows = [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}]
+    dataset = Dataset.from_list(rows).with_format("numpy")
+    assert prepare_sft(dataset, None, config()).with_format(None).to_list() == our_rows(rows, None, config())
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packs_without_a_loss_token_are_dropped_and_none_left_is_an_error(strategy: str) -> None:
+    args = config(packing=True, packing_strategy=strategy, max_length=4)
+    masked = {"input_ids": [5, 6, 7, 8], "completion_mask": [0] * 4}
+    learnt = {"input_ids": [9, 10, 11, 12], "completion_mask": [0, 0, 1, 1]}
+    packs = our_rows([masked, learnt, masked], None, args)
+    assert [pack["input_ids"] for pack in packs] == [learnt["input_ids"]]
+    with pytest.raises(UserError, match="none of the 2 packs has a loss token within max_length=4"):
+        our_rows([masked, masked], None, args)
+
+
 def test_tokenized_rows_need_no_tokenizer() -> None:
     rows = prepare_sft(Dataset.from_list(ROWS["tokens with labels"]), None, config())
     assert list(rows) == [{"input_ids": [5, 6, 7], "loss_mask": [False, True, False]}]
@@ -230,6 +272,38 @@ BAD_ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "number as text": ([{"text": 3}], {}, "row 0.*text"),
     "short mask": ([{"input_ids": [5, 6], "labels": [5]}], {}, "row 0.*1 values for 2"),
     "shifted labels": ([{"input_ids": [5, 6], "labels": [6, 7]}], {}, "row 0.*shift"),
+    "mask of text": (
+        [{"input_ids": [5, 6, 7], "completion_mask": ["0", "0", "1"]}],
+        {},
+        "row 0: completion_mask must be 0 or 1 at each place and is '0' at place 0",
+    ),
+    "mask with a hole": (
+        [{"input_ids": [5, 6], "assistant_masks": [1, None]}],
+        {},
+        "row 0: assistant_masks must be 0 or 1 .* is None at place 1",
+    ),
+    "mask of weights": ([{"input_ids": [5, 6], "attention_mask": [1.0, 0.5]}], {}, "row 0: attention_mask .*0.5"),
+    "pad inside": (
+        [{"input_ids": [5], "attention_mask": [1]}, {"input_ids": [5, 6, 7, 8], "attention_mask": [0, 1, 0, 1]}],
+        {},
+        "row 1: attention_mask is 0 at place 2, within the row",
+    ),
+    "fractional ids": ([{"input_ids": [1.0, 2.0, 3.5]}], {}, "row 0: input_ids must be whole .* is 1.0 at place 0"),
+    "ids with a hole": ([{"input_ids": [1, None]}], {}, "row 0: input_ids must be whole .* is None at place 1"),
+    "ids that are truth": ([{"input_ids": [True, False]}], {}, "row 0: input_ids must be whole .* is True"),
+    "ids of text": ([{"input_ids": "abc"}], {}, "row 0: input_ids must be a list .*, not str"),
+    "mask that is a number": ([{"input_ids": [5], "labels": 5}], {}, "row 0: labels must be a list .*, not int"),
+    "completion of the user": (
+        [{"messages": [USER, ANSWER, WHY]}],
+        {"completion_only_loss": True},
+        "row 0: completion_only_loss=True .* of role 'user'; end with",
+    ),
+    "completion alone": ([{"messages": [ANSWER]}], {"completion_only_loss": True}, "row 0: .*of these 1 the last"),
+    "template arguments of text": (
+        [{"messages": [USER, ANSWER], "chat_template_kwargs": "x"}],
+        {},
+        "row 0: its chat_template_kwargs='x' must be a mapping",
+    ),
     "assistant of text": ([{"text": "one"}], {"assistant_only_loss": True}, "row 0.*assistant_only_loss"),
     "no assistant": ([{"messages": [USER]}], {"assistant_only_loss": True}, "row 0.*assistant_only_loss"),
     "completion of text": ([{"text": "one"}], {"completion_only_loss": True}, "row 0.*completion_only_loss"),

@@ -56,67 +56,74 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def given(words: list[object], *changes: object) -> list[object]:
+    """A command's words with other values, or more: a flag stands on the command line once."""
+    command, *pairs = words
+    flags = dict(zip(pairs[::2], pairs[1::2], strict=True)) | dict(zip(changes[::2], changes[1::2], strict=True))
+    return [command, *(word for pair in flags.items() for word in pair)]
+
+
 TP2 = ["--tensor_model_parallel_size", 2]
 PP2 = ["--pipeline_model_parallel_size", 2]
 SFT = ["sft", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl", "--output_dir", "out", "--max_steps", 1]
 GRPO = ["grpo", *SFT[1:], "--num_generations", 2, "--per_device_train_batch_size", 2, "--max_completion_length", 6]
-SCORED = [*GRPO, "--reward_funcs", "rewards.py:fine"]
+SCORED = given(GRPO, "--reward_funcs", "rewards.py:fine")
 MISTAKES = {
-    "unknown key": ([*SFT, "--learning_rte", 1], ["learning_rte is not a field", "did you mean learning_rate?"]),
+    "unknown key": (given(SFT, "--learning_rte", 1), ["learning_rte is not a field", "did you mean learning_rate?"]),
     "world by TP x PP": (
-        [*SFT, *TP2, *PP2],
+        given(SFT, *TP2, *PP2),
         ["world size 2", "tensor_model_parallel_size 2 * pipeline_model_parallel_size 2", "a multiple of 4"],
     ),
     "heads by TP": (
-        [*SFT, *TP2, "--model_name_or_path", "odd"],
+        given(SFT, *TP2, "--model_name_or_path", "odd"),
         ["num_attention_heads 3", "tensor_model_parallel_size 2", "one of [1, 3]"],
     ),
     "layers by PP": (
-        [*SFT, *PP2, "--model_name_or_path", "odd"],
+        given(SFT, *PP2, "--model_name_or_path", "odd"),
         ["num_hidden_layers 3", "pipeline_model_parallel_size 2", "that divides it"],
     ),
     "generations by batch": (
-        [*SCORED, "--num_generations", 3],
+        given(SCORED, "--num_generations", 3),
         ["generation_batch_size 4", "multiple of num_generations 3", "change one of them"],
     ),
     "missing model directory": (
-        [*SFT, "--model_name_or_path", "no/such/model"],
+        given(SFT, "--model_name_or_path", "no/such/model"),
         ["model directory no/such/model does not exist", "give a Hugging Face directory"],
     ),
     "missing tensor": (
-        [*SFT, "--model_name_or_path", "torn"],
+        given(SFT, "--model_name_or_path", "torn"),
         ["torn does not fit its config.json", "missing tensors: model.layers.1.mlp.up_proj.weight"],
     ),
     "unsupported architecture": (
-        [*SFT, "--model_name_or_path", "mamba"],
+        given(SFT, "--model_name_or_path", "mamba"),
         ["architecture 'MambaForCausalLM' is not supported", "LlamaForCausalLM"],
     ),
     "row without its completion": (
-        [*SFT, "--dataset_name", "gap.jsonl"],
+        given(SFT, "--dataset_name", "gap.jsonl"),
         ["dataset row 5: it has no 'completion'", "fill it in or drop the row"],
     ),
     "rows without the column": (
-        [*SFT, "--dataset_name", "renamed.jsonl"],
+        given(SFT, "--dataset_name", "renamed.jsonl"),
         ["dataset row 0: its columns are 'question'", "SFT needs 'text'"],
     ),
     "prompts without the column": (
-        [*SCORED, "--dataset_name", "renamed.jsonl"],
+        given(SCORED, "--dataset_name", "renamed.jsonl"),
         ["dataset row 0: it has no 'prompt', only 'question'", "add or rename the column"],
     ),
     "missing dataset file": (
-        [*SFT, "--dataset_name", "nowhere.jsonl"],
+        given(SFT, "--dataset_name", "nowhere.jsonl"),
         ["dataset_name='nowhere.jsonl' does not exist", "give a .jsonl or .parquet file"],
     ),
     "prompt too long": (
-        [*SCORED, "--dataset_name", "long.jsonl"],
+        given(SCORED, "--dataset_name", "long.jsonl"),
         ["dataset row 3: its prompt has", "the limit is 122", "max_completion_length"],
     ),
     "output directory that cannot be": (
-        [*SFT, "--output_dir", "rows.jsonl/out"],
+        given(SFT, "--output_dir", "rows.jsonl/out"),
         ["output_dir='rows.jsonl/out' cannot be made (Not a directory)", "choose another"],
     ),
     "no reward function of that name": (
-        [*GRPO, "--reward_funcs", "rewards.py:fin"],
+        given(GRPO, "--reward_funcs", "rewards.py:fin"),
         ["reward function 'rewards.py:fin'", "did you mean fine?"],
     ),
 }
@@ -147,7 +154,7 @@ def test_a_reward_functions_fault_on_one_rank_ends_all(function: str, parts: lis
 
 def test_what_only_one_rank_meets_ends_the_others_too(here: Path) -> None:
     (here / "taken" / "model.safetensors").mkdir(parents=True)  # rank 0 writes the model, the others wait for it
-    line = start_mistaken([*SFT, *PP2, "--output_dir", "taken", "--save_strategy", "no"], here).line
+    line = start_mistaken(given(SFT, *PP2, "--output_dir", "taken", "--save_strategy", "no"), here).line
     assert line.startswith("megalign: error: cannot write the model to taken (") and "choose another directory" in line
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,29 @@ def test_a_wrong_name_is_named_with_the_nearest(
     with pytest.raises(UserError) as error:
         ours.resolve(name)
     assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("import os\ndef f(:\n", ["SyntaxError", "line 2", "invalid syntax"]),
+        ("import os\n\nimport absent_package\n", ["ModuleNotFoundError", "line 3", "'absent_package'"]),
+        ("from os import absent_name\n", ["ImportError", "line 1", "'absent_name'"]),
+        ("def f():\n    raise RuntimeError('no key\\nset one')\nf()\n", ["RuntimeError", "line 3", "no key"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["{module}.py:f", "{module}.f"])
+def test_a_module_that_cannot_be_imported_is_one_line(
+    name: str, text: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = f"broken_{zlib.crc32(text.encode())}"
+    (tmp_path / f"{module}.py").write_text(text)
+    with pytest.raises(UserError) as error:
+        ours.resolve(name.format(module=module))
+    assert all(word in str(error.value) for word in [f"{module}.py", *words]), str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -98,6 +98,18 @@ def test_none_is_nan_and_functions_are_columns() -> None:
     assert result.rewards[:, 2].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
+def test_numpys_and_torchs_numbers_are_numbers() -> None:
+    numbers = [np.bool_(True), np.float32(0.5), torch.tensor(2), torch.tensor(-1.5)]
+    assert score([lambda **_: numbers]).rewards.flatten().tolist() == [1.0, 0.5, 2.0, -1.5]
+
+
+def test_a_function_that_changes_its_ids_changes_no_completion() -> None:
+    made = completions(2)
+    runner = RewardRunner([lambda completion_ids, **_: [ids.pop() for ids in completion_ids]], one_rank(), timeout=20)
+    assert runner(made, ["a", "a"], ["b", "c"], group_size=2).rewards.flatten().tolist() == [0.0, 1.0]
+    assert [completion.completion_ids for completion in made] == [[0], [1, 1]]
+
+
 def test_async_functions_run_together() -> None:
     async def slow(prompts: list[str], **kwargs: Any) -> list[float]:
         await asyncio.sleep(0.5)
@@ -174,7 +186,7 @@ def test_a_broken_function_is_named_in_one_line(function: Any, expected: list[st
 
 
 def test_reward_models_and_empty_lists_are_refused() -> None:
-    with pytest.raises(UserError, match="reward models are not built"):
+    with pytest.raises(UserError, match="Linear is a model object; name its directory"):
         RewardRunner([torch.nn.Linear(1, 1)], one_rank(), timeout=1)
     with pytest.raises(UserError, match="no reward function"):
         RewardRunner([], one_rank(), timeout=1)

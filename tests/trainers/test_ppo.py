@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,30 @@ def test_an_adaptive_coefficient_moves_with_the_measured_kl(model: str, judge: s
     assert lines[0]["objective/kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl_coef"] != lines[0]["kl_coef"]
 
 
+def test_an_evaluation_does_not_move_the_coefficient(model: str, judge: str, tmp_path: Path) -> None:
+    fields = {"kl_coef": 0.2, "kl_target": 1e-3, "kl_horizon": 40, "max_steps": 3, "num_ppo_epochs": 1}
+    evaluating = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    (plain,) = run_ranks(1, train, model, {"output_dir": str(tmp_path / "plain"), **fields})
+    given = {"eval_dataset": prompt_rows(4)}
+    (found,) = run_ranks(1, train, model, {"output_dir": str(tmp_path / "eval"), **fields, **evaluating}, given)
+    assert found["coefficient"] == plain["coefficient"] != 0.2
+
+
+def sources(model: str, fields: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    trainer = made("PPO", model, PPOConfig(**fields), {"train_dataset": ROWS, **given})
+    return trainer.rewards.names
+
+
+def test_rewards_of_constructor_and_config_come_together(model: str, judge: str, tmp_path: Path) -> None:
+    fields, name = {"output_dir": str(tmp_path)}, Path(judge).name
+    for config, given, expected in (
+        ({"reward_model_path": judge}, {"reward_funcs": [closeness]}, ["closeness", name]),
+        ({"reward_funcs": ["length_reward"]}, {"reward_model": judge}, ["length_reward", name]),
+        ({"reward_funcs": ["length_reward"]}, {"reward_funcs": closeness}, ["closeness"]),
+    ):
+        assert run_ranks(1, sources, model, {**fields, **config}, given) == [expected]
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world: int, model: str, tmp_path: Path) -> None:
     common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "kl_target": 0.5, "kl_coef": 0.1}
@@ -179,6 +204,23 @@ def test_a_stop_token_of_the_config_alone_ends_completions(
 ) -> None:
     (found,) = run_ranks(1, sampled_as, model, {"output_dir": str(tmp_path), **fields})
     assert found == (stop, extra)
+
+
+def test_a_directory_that_a_model_is_read_from_is_not_written(model: str, judge: str, tmp_path: Path) -> None:
+    given = {"reward_funcs": [closeness]}
+    for fields in ({"output_dir": judge, "reward_model_path": judge}, {"output_dir": judge, "value_model_path": judge}):
+        (error,) = run_ranks(1, refused, model, fields, given)
+        assert f"output_dir={judge!r} is also the directory of" in error
+    critic = tmp_path / "critic"
+    shutil.copytree(judge, critic)
+    fields = {"output_dir": str(tmp_path), "value_model_path": str(critic)}
+    assert "the critic, which the trained model would overwrite" in run_ranks(1, refused, model, fields, given)[0]
+
+
+def test_a_stop_token_past_the_vocabulary_is_refused(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "stop_token_id": 9999}
+    (error,) = run_ranks(1, refused, model, fields, {"reward_funcs": [closeness]})
+    assert "stop_token_id=9999 is not in the model's vocabulary" in error
 
 
 def test_episodes_say_how_long_a_run_is(model: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalign.config import DPOConfig
+from megalign.errors import UserError
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
 from tests.trainers.layout_runs import pair_rows
@@ -91,6 +92,37 @@ def test_a_moving_reference_is_part_of_a_resumed_run(paths: tuple[str, str], tmp
     assert found["digest"] == expected["digest"]
     (fixed,) = run_ranks(1, train, paths, {"output_dir": str(tmp_path / "fixed"), "max_steps": 5})
     assert fixed["digest"] != expected["digest"]
+
+
+def refused(paths: tuple[str, str], fields: dict[str, Any], given: dict[str, Any] | None = None) -> str:
+    try:
+        train(paths, fields, given)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_reference_that_cannot_be_compared_is_refused(paths: tuple[str, str], tmp_path: Path, tp: int) -> None:
+    small = save_tiny_model("llama", tmp_path / "small", vocab_size=40)
+    fields = {"output_dir": str(tmp_path / "out"), "tensor_model_parallel_size": tp}
+    for error in run_ranks(tp, refused, (paths[0], small), fields, fresh=True):
+        assert "is not in the vocabulary of" in error and "which has 40 entries" in error
+    for error in run_ranks(tp, refused, (paths[0], small), {**fields, "sync_ref_model": True}):
+        assert "sync_ref_model=True" in error and "another architecture" in error
+
+
+def test_a_run_does_not_go_on_with_another_reference(paths: tuple[str, str], tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    run_ranks(1, train, paths, fields)
+    (error,) = run_ranks(1, refused, (paths[0], paths[0]), {**fields, "max_steps": 3}, {"resume": "latest"})
+    names = [Path(path).name for path in paths]
+    assert f"ref_model is {names[0]} but {tmp_path}/checkpoint-2 was made with {names[1]}" in error
+
+
+def test_the_reference_is_not_written_over(paths: tuple[str, str]) -> None:
+    (error,) = run_ranks(1, refused, paths, {"output_dir": paths[1]})
+    assert "is also the directory of ref_model, which the trained model would overwrite" in error
 
 
 def followed(paths: tuple[str, str], directory: str) -> None:

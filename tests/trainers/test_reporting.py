@@ -65,6 +65,25 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
 
 
+def test_a_run_that_goes_on_drops_what_it_will_tell_again(tmp_path: Path) -> None:
+    file = MetricsFile(str(tmp_path), active=True)
+    told = [
+        {"step": 2, "loss": 1.0},
+        {"step": 4, "eval_loss": 1.0},
+        {"step": 4, "loss": 1.0},  # at the epoch's end, after the checkpoint
+        {"step": 4, "train_runtime": 1.0},
+        {"step": 5, "eval_loss": 1.0},
+    ]
+    for line in told:
+        file.append(line)
+    with file.path.open("a") as end:
+        end.write('{"step": 1, "lo')
+    MetricsFile(str(tmp_path), active=False).go_on_after(0, logged_step=0)
+    assert len(file.path.read_text().splitlines()) == len(told) + 1
+    MetricsFile(str(tmp_path), active=True).go_on_after(4, logged_step=2)
+    assert _lines(tmp_path) == told[:2]
+
+
 def test_only_the_first_rank_writes(tmp_path: Path) -> None:
     MetricsFile(str(tmp_path), active=False).append({"step": 1})
     assert not (tmp_path / "metrics.jsonl").exists()

@@ -85,13 +85,15 @@ def test_a_run_killed_at_an_epochs_last_step_still_ends_the_epoch(
     assert [_without_times(line) for line in metric_lines(tmp_path / "parts")] == expected[missed:]
 
 
-def test_lines_of_repeated_steps_are_appended(model: str, tmp_path: Path) -> None:
+def test_lines_of_repeated_steps_take_the_place_of_the_first(model: str, tmp_path: Path) -> None:
     fields = _fields(tmp_path, logging_steps=1)
     run_ranks(1, train_sft, model, ROWS, fields, {"stop": StopAt(5)})
+    before = metric_lines(tmp_path)
     run_ranks(1, train_sft, model, ROWS, fields, {"resume": True})
     lines = metric_lines(tmp_path)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 4, 5, 6]
-    assert [line["loss"] for line in lines[3:5]] == [line["loss"] for line in lines[5:7]]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [_without_times(line) for line in lines[:5]] == [_without_times(line) for line in before]
+    assert (tmp_path / "metrics.jsonl").read_text().count("train_runtime") == 1
 
 
 def test_a_finished_run_is_not_trained_again(model: str, tmp_path: Path) -> None:
@@ -191,9 +193,9 @@ def test_the_manifest_lists_every_file_with_its_size(model: str, tmp_path: Path)
         checkpointing.check_checkpoint(path, manifest["settings"])
 
 
-def _resume_error(path: str, fields: dict[str, Any]) -> str:
+def _resume_error(path: str, fields: dict[str, Any], rows: list[dict[str, Any]] = ROWS) -> str:
     try:
-        SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=ROWS).train("latest")
+        SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=rows).train("latest")
     except UserError as error:
         return str(error)
     return "no error"
@@ -213,6 +215,97 @@ def test_another_layout_or_other_data_is_named(model: str, made: Path, changed: 
     world = changed.get("tensor_model_parallel_size", 1)
     error = run_ranks(world, _resume_error, model, _fields(made, **changed))[0]
     assert re.search(message, error), error
+
+
+def test_another_row_in_the_middle_is_noticed(model: str, made: Path) -> None:
+    rows = [*ROWS[:6], ROWS[7], *ROWS[7:]]
+    (error,) = run_ranks(1, _resume_error, model, _fields(made), rows)
+    assert re.search("train_dataset is 14 rows .* but .* was made with 14 rows", error), error
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden_size": 64}, "model.hidden_size is 64 but .* was made with 32"),
+        ({"rms_norm_eps": 1e-3}, "model.norm_epsilon is 0.001 but .* was made with 1e-06"),
+    ],
+)
+def test_another_model_is_named(changed: dict[str, Any], message: str, made: Path, tmp_path: Path) -> None:
+    (error,) = run_ranks(1, _resume_error, save_tiny_model("llama", tmp_path, **changed), _fields(made))
+    assert re.search(message, error), error
+
+
+ENGINE_FILES = ("engine/.metadata", "engine/__0_0.distcp", "engine/common.pt", "engine/metadata.json")
+
+
+@pytest.mark.parametrize("file", [*ENGINE_FILES, "loop/rank_00000.pt", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["zeros", "text", "half"])
+def test_a_damaged_file_is_named(damage: str, file: str, model: str, made: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-3") / file
+    content = damaged.read_bytes()
+    size = len(content)
+    made_of = {"zeros": bytes(size), "text": (b"{ " * size)[:size], "half": content[: size // 2].ljust(size, b"\0")}
+    damaged.write_bytes(made_of[damage])
+    (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
+    named = damaged.parent if file.startswith("engine") else damaged
+    assert error.startswith(f"{named} is damaged (") and error.endswith("; resume from another checkpoint")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[1]"])
+def test_a_checkpoint_with_a_damaged_manifest_is_not_whole(content: str, made: Path, tmp_path: Path) -> None:
+    for step in (3, 4):
+        shutil.copytree(made / "checkpoint-3", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-4" / "manifest.json").write_text(content)
+    assert checkpointing.find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-3"
+    with pytest.raises(UserError, match="checkpoint-4/manifest.json is damaged; resume from"):
+        checkpointing.find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-4"))
+
+
+def _adam_of_a_resumed_run(path: str, fields: dict[str, Any]) -> list[tuple[Any, ...]]:
+    trainer = SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=ROWS)
+    trainer.train("latest")
+    groups = trainer.policy._optimizer.param_groups
+    return [(group["betas"], group["eps"], group["weight_decay"] > 0) for group in groups]
+
+
+def test_a_resumed_runs_adam_is_its_own(model: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-3")
+    changed = {"adam_beta1": 0.5, "adam_beta2": 0.75, "adam_epsilon": 0.125, "weight_decay": 0.1, "max_steps": 4}
+    (groups,) = run_ranks(1, _adam_of_a_resumed_run, model, _fields(tmp_path, **changed))
+    assert [group[:2] for group in groups] == [((0.5, 0.75), 0.125)] * len(groups)
+    assert any(decays for *_, decays in groups)
+
+
+def _train_error(path: str, fields: dict[str, Any], given: dict[str, Any] | None = None) -> str:
+    try:
+        SFTTrainer(path, SFTConfig(**sft_fields(**fields)), train_dataset=ROWS, **(given or {})).train()
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_place_where_nothing_can_be_written_is_one_sentence(model: str, tmp_path: Path) -> None:
+    def told(directory: Path, **fields: Any) -> str:
+        return run_ranks(1, _train_error, model, _fields(directory, max_steps=1, **fields))[0]
+
+    assert "'/proc' cannot be written to (" in told(Path("/proc"))
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl is a directory" in told(tmp_path)
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "checkpoint-1").write_text("")
+    assert re.search("cannot write the checkpoint .*checkpoint-1 .*Not a directory", told(tmp_path, save_steps=1))
+
+
+def test_the_model_is_not_written_over_itself(model: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(model)
+    (error,) = run_ranks(1, _train_error, model, _fields(tmp_path / "link"))
+    assert "is also the directory of model, which the trained model would overwrite; choose another" in error
+
+
+@pytest.mark.parametrize(("given", "told"), [("llama", "'llama'"), (str, "str")])
+def test_what_is_no_tokenizer_is_refused(given: Any, told: str, model: str, tmp_path: Path) -> None:
+    (error,) = run_ranks(1, _train_error, model, _fields(tmp_path), {"processing_class": given})
+    assert f"processing_class={told} is not a tokenizer" in error
 
 
 @pytest.fixture(scope="module")

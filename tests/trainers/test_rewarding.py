@@ -132,3 +132,22 @@ def test_what_is_no_reward_model_is_refused_by_name(judge: str, tmp_path: Path) 
         file.unlink()
     save_tiny_classifier("llama", Path(two), num_labels=2, head_dim=32)
     assert "2 labels" in run_ranks(1, refused, two)[0]
+    policy = save_model_with_tokenizer(tmp_path / "policy")
+    assert "policy has no score head" in run_ranks(1, refused, policy)[0]
+
+
+def read_by_judge(judge: str, fields: dict[str, Any]) -> str:
+    prompt = [{"role": "user", "content": "hi"}]
+    args = GRPOConfig(**grpo_fields(output_dir="unused", **fields))
+    tokenizer = AutoTokenizer.from_pretrained(judge)
+    tokenizer.chat_template = "{% if thinks %}t7 {% endif %}{{ messages[0].content }} {{ messages[1].content }}"
+    model = Rewarding([judge], args, groups_of(ONE_RANK), [tokenizer]).models[0]
+    model.load()
+    return tokenizer.decode(model._sequence(prompt, "t5")["tokens"])
+
+
+def test_the_templates_options_reach_a_reward_model(judge: str) -> None:
+    without, thinking = (
+        run_ranks(1, read_by_judge, judge, fields)[0] for fields in ({}, {"chat_template_kwargs": {"thinks": True}})
+    )
+    assert thinking.startswith("t7") and not without.startswith("t7")
