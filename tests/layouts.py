@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 from megalign.config import SFTConfig
@@ -31,9 +30,8 @@ LAYOUTS = [Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)]
 EIGHT_RANKS = Layout(tp=2, pp=2, dp=2)
 
 
-@functools.lru_cache(maxsize=1)  # the groups of the layout before are destroyed with it
 def groups_of(layout: Layout) -> ParallelGroups:
-    """Megatron's groups for a layout, kept while the layout stays."""
+    """Megatron's groups for a layout."""
     return initialize(arguments(layout), timeout_s=100)
 
 

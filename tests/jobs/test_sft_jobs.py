@@ -93,8 +93,8 @@ def test_srun_resumes_the_latest_whole_checkpoint_to_the_same_end(here: Path, wh
     first.succeeded()
     second.succeeded()
     assert f"megalign: resumed from {path / 'checkpoint-2'}" in first.stdout
-    assert [line["step"] for line in metric_lines(path)] == [1, 2, 3, 4, 3, 4]
-    assert losses(path)[4:] == losses(path)[2:4]
+    assert [line["step"] for line in metric_lines(path)] == [1, 2, 3, 4]
+    assert losses(path) == losses(whole)
     assert digest(path) == digest(whole)
 
 
