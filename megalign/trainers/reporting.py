@@ -69,10 +69,7 @@ class MetricsFile:
             self._earlier = 0
 
     def go_on_after(self, step: int, *, logged_step: int) -> None:
-        """Drops the lines of steps that are taken again, or told again because they came after `logged_step`.
-
-        Nor is the summary of a run that goes on its last line.
-        """
+        """Drops the lines of steps that are taken again, or told again because they came after `logged_step`."""
         if not (self.active and self.path.exists()):
             return
         lines = self.path.read_text().splitlines(keepends=True)
@@ -105,8 +102,7 @@ def _stays(text: str, step: int, logged_step: int) -> bool:
         line = json.loads(text)
     except json.JSONDecodeError:  # half a line, of a disk that was full
         return False
-    is_summary, is_training = "train_runtime" in line, "loss" in line
-    return not is_summary and line["step"] <= (logged_step if is_training else step)
+    return line["step"] <= (logged_step if "loss" in line else step)
 
 
 def write_completions(output_dir: str, step: int, table: Mapping[str, list[Any]]) -> Path:

@@ -140,13 +140,13 @@ class Run:
         return True
 
     def log_summary(self, metrics: dict[str, float]) -> None:
-        """The last line: train_* names and, in metrics.jsonl alone, the steps since the last line.
+        """train_* names, for the history and the callbacks; steps since the last line go to metrics.jsonl alone.
 
         transformers tells the callbacks nothing of these.
         """
-        rest = self._drained() if self.state.global_step > self.logged_step else {}
+        if self.state.global_step > self.logged_step:
+            self._write(self._drained())
         self.log(metrics)
-        self._write({**rest, **metrics})
 
     def _drained(self) -> dict[str, Any]:
         line = self.window.drain()

@@ -86,9 +86,8 @@ class Recorder(TrainerCallback):
 
 
 def metric_lines(output_dir: str | Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without the summaries that runs end with."""
-    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "train_runtime" not in line]
+    """What metrics.jsonl holds."""
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def digest(directory: str | Path) -> str:
