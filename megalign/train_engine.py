@@ -207,13 +207,15 @@ class TrainEngine:
         return [batch.to(device.device()) for batch in batches]
 
     def _stage(self, model: nn.Module, batch: Batch) -> Tensor:
-        positions = torch.arange(batch.num_tokens, device=batch.tokens.device)  # rope reads cu_seqlens instead
-        return model(batch.tokens[None], positions[None], None, packed_seq_params=PackedSequences.of(batch))
+        packed = PackedSequences.of(batch, self.groups.cp)
+        tokens = packed.local(batch.tokens)[None]
+        positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope reads cu_seqlens instead
+        return model(tokens, positions, None, packed_seq_params=packed)
 
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         model = self._models[-1]
         if self.architecture.num_labels is not None:
-            return score_columns(model, hidden, batch)
+            return score_columns(model, hidden, batch, self.groups)
         return language_model_columns(model, hidden, batch, self.groups, self.architecture.vocab_size, self._extras)
 
 

@@ -4,29 +4,61 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from megalign.config import SFTConfig
 from megalign.parallel.groups import ParallelGroups, initialize
 from megalign.train_engine import TrainEngine
 
 
 class Layout(NamedTuple):
-    """Tensor, pipeline and data-parallel sizes."""
+    """Sizes of the axes; `dp` is what the ranks leave, experts are split inside tp * cp * dp."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    sp: bool = False
+    first: int | None = None  # layers of the first stage
 
     @property
     def world(self) -> int:
         """Ranks that the layout needs."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The config's fields that make it."""
+        return {
+            "tensor_model_parallel_size": self.tp,
+            "pipeline_model_parallel_size": self.pp,
+            "context_parallel_size": self.cp,
+            "virtual_pipeline_model_parallel_size": self.vpp,
+            "expert_model_parallel_size": self.ep,
+            "expert_tensor_parallel_size": self.etp,
+            "sequence_parallel": self.sp,
+            "num_layers_in_first_pipeline_stage": self.first,
+        }
 
     def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}dp{self.dp}"
+        changed = [(name, value) for name, value in self._asdict().items() if value != self._field_defaults[name]]
+        return "".join(name if value is True else f"{name}{value}" for name, value in changed) or "one"
 
 
 ONE_RANK = Layout()
-LAYOUTS = [Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)]
+LAYOUTS = [
+    Layout(tp=2, sp=True),
+    Layout(pp=2),
+    Layout(dp=2),
+    Layout(cp=2),
+    Layout(pp=2, vpp=2),
+    Layout(pp=2, first=1),
+    Layout(tp=2, pp=2),
+]
 EIGHT_RANKS = Layout(tp=2, pp=2, dp=2)
 
 
@@ -38,7 +70,7 @@ def groups_of(layout: Layout) -> ParallelGroups:
 def arguments(layout: Layout, **fields: Any) -> SFTConfig:
     """A config at this layout, fp32 unless said otherwise."""
     fields = {"bf16": False, "output_dir": "unused", **fields}
-    return SFTConfig(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, **fields)
+    return SFTConfig(**layout.fields, **fields)
 
 
 def make_engine(
@@ -53,3 +85,12 @@ def make_engine(
     """A TrainEngine on the calling ranks."""
     kind = {"trainable": trainable, "score_head": score_head, "extras": extras}
     return TrainEngine(path, arguments(layout, **fields), groups_of(layout), **kind)
+
+
+@torch.no_grad()
+def gradients_of(engine: TrainEngine) -> dict[str, Tensor]:
+    """Whole gradients in Hugging Face names, from DDP's buffers; the engine is not usable afterwards."""
+    for model in engine._models:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.main_grad)
+    return {name: tensor.clone() for name, tensor in engine.gathered()}

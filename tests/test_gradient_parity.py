@@ -18,8 +18,9 @@ from megalign.algos.policy import grpo_loss
 from megalign.algos.supervised import sft_loss
 from megalign.batch import Batch, Counts
 from megalign.parallel import pipeline
+from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
-from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, make_engine
+from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import load_reference, save_tiny_model
 
@@ -66,20 +67,22 @@ def _reference_logprobs(model: torch.nn.Module, ids: Tensor) -> Tensor:
     return torch.cat([log_p.new_zeros(1), log_p.gather(1, ids[1:, None]).squeeze(1)])
 
 
-def microbatch(ids: list[int], logprobs: dict[int, Tensor], multiple: int) -> Batch:
-    lengths = [sum(ROWS[i]) for i in ids]
-    tail = -sum(lengths) % multiple
-    mask = [torch.arange(sum(ROWS[i])) >= ROWS[i][0] for i in ids] + [torch.zeros(tail, dtype=torch.bool)]
+def microbatch(ids: list[int], logprobs: dict[int, Tensor], groups: ParallelGroups) -> Batch:
+    lengths = [-(-sum(ROWS[i]) // groups.sequence_multiple) * groups.sequence_multiple for i in ids]
+    tail = -sum(lengths) % groups.token_multiple
 
     def column(parts: list[Tensor]) -> Tensor:
-        return torch.cat([*parts, torch.zeros(tail)])
+        padded = [
+            torch.cat([part, part.new_zeros(size - len(part))]) for part, size in zip(parts, lengths, strict=True)
+        ]
+        return torch.cat([*padded, parts[0].new_zeros(tail)])
 
     return Batch(
-        tokens=torch.cat([*(tokens(i) for i in ids), torch.zeros(tail, dtype=torch.int64)]),
+        tokens=column([tokens(i) for i in ids]),
         cu_seqlens=torch.tensor([0, *lengths, *([tail] if tail else [])]).cumsum(0).int(),
         num_sequences=len(ids),
         token_columns={
-            "loss_mask": torch.cat(mask),
+            "loss_mask": column([torch.arange(sum(ROWS[i])) >= ROWS[i][0] for i in ids]),
             "old_logprobs": column([logprobs[i] + noise(i, 1) for i in ids]),
             "ref_logprobs": column([logprobs[i] + noise(i, 2) for i in ids]),
         },
@@ -103,9 +106,7 @@ def gradients(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor])
     """Loss and whole gradients, in Hugging Face names, read through the exporter from DDP's buffers."""
     engine = make_engine(path, layout, use_distributed_optimizer=False)
     groups = engine.groups
-    batches = [
-        microbatch(ids, logprobs, groups.token_multiple) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]
-    ]
+    batches = [microbatch(ids, logprobs, groups) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]]
     counts = reduce_counts(batches, groups)
     assert (counts.tokens, counts.sequences) == (global_counts().tokens, global_counts().sequences)
     shares = pipeline.train(
@@ -117,10 +118,7 @@ def gradients(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor])
         groups,
     )
     metrics = reduce_metrics(shares, groups)
-    with torch.no_grad():
-        for parameter in engine._models[0].parameters():
-            parameter.copy_(parameter.main_grad)
-    return {"metrics": metrics, "gradients": {key: value.clone() for key, value in engine.gathered()}}
+    return {"metrics": metrics, "gradients": gradients_of(engine)}
 
 
 def two_steps(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
@@ -129,7 +127,7 @@ def two_steps(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor])
     # by the whole learning rate. 1e-3 keeps the comparison about the algorithm.
     engine = make_engine(path, layout, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-3)
     dp = engine.groups.dp
-    batches = [microbatch(ids, logprobs, engine.groups.token_multiple) for ids in MICROBATCHES[dp.rank :: dp.size]]
+    batches = [microbatch(ids, logprobs, engine.groups) for ids in MICROBATCHES[dp.rank :: dp.size]]
     norms = [
         engine.train_step(batches, loss_of(name), learning_rate=1e-2, counts=global_counts()).grad_norm
         for _ in range(2)

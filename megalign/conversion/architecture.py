@@ -1,10 +1,27 @@
-"""The numbers that describe a dense decoder, whichever family it comes from. Torch-free."""
+"""The numbers that describe a decoder, whichever family it comes from. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+LayerKind = Literal["dense", "moe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfExperts:
+    """The feed-forward part of the layers that have a router."""
+
+    num_experts: int
+    top_k: int
+    """Experts of a token."""
+    ffn_hidden_size: int
+    """Of each expert."""
+    shared_ffn_hidden_size: int | None = None
+    """Of the expert that every token passes, if there is one."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers with an ordinary feed-forward part instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +54,17 @@ class Architecture:
     """The token whose embedding gets no gradient as an input; transformers gives its embedding this padding_idx."""
     num_labels: int | None = None
     """Outputs of a score head in the place of the language model's head (*ForSequenceClassification)."""
+    moe: MixtureOfExperts | None = None
+    """None: every layer is dense."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of a layer; 0 in a dense model."""
+        return 0 if self.moe is None else self.moe.num_experts
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """What the feed-forward part of a (global) layer is."""
+        return "dense" if self.moe is None or layer in self.moe.dense_layers else "moe"
 
     @property
     def query_size(self) -> int:

@@ -2,26 +2,29 @@
 
 A rule lists those ranges in Megatron's order; `pieces` cuts them for one tensor-parallel shard. Copying a
 piece one way loads, the other way exports. Shapes are names of an Architecture's sizes. No torch in here.
+A rule whose Megatron name has one `*` is of each layer, with two of each expert of each layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
-from megalign.conversion.architecture import Architecture
+from megalign.conversion.architecture import Architecture, LayerKind
+from megalign.conversion.names import Key, numbered
 
 
 class HfTensor(NamedTuple):
-    """A Hugging Face tensor; `*` in its name is the layer."""
+    """A Hugging Face tensor; the first `*` in its name is the layer, the second the expert."""
 
     name: str
-    shape: tuple[str, ...]  # names of Architecture sizes
+    shape: tuple[str, ...]  # names of Architecture sizes, dotted for those of its parts
 
     def sizes(self, architecture: Architecture) -> tuple[int, ...]:
         """The shape in numbers."""
-        return tuple(getattr(architecture, size) for size in self.shape)
+        return tuple(attrgetter(size)(architecture) for size in self.shape)
 
 
 class Range(NamedTuple):
@@ -48,7 +51,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron tensor (`*` in its name is the layer) and the Hugging Face tensors it is made of."""
+    """One Megatron tensor (`*` in its name: the layer, the expert) and the Hugging Face tensors it is made of."""
 
     megatron: str
     hf: tuple[HfTensor, ...]
@@ -56,11 +59,32 @@ class Rule:
     """The dim along which ranges are concatenated and TP splits; None: the same tensor on every TP rank."""
     duplicate: bool = False
     """A second copy of what another rule holds (the tied head of the last stage): loaded, never exported."""
+    layers: LayerKind | None = None
+    """Which layers have it; None: all of them."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether each layer has this tensor."""
+        """Whether layers have this tensor."""
         return "*" in self.megatron
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert of a layer has this tensor: expert tensor parallelism splits it, not TP."""
+        return self.megatron.count("*") == 2
+
+    def keys(self, architecture: Architecture) -> Iterator[Key]:
+        """Every Megatron tensor of the whole model that the rule speaks of."""
+        if not self.per_layer:
+            yield Key(self.megatron)
+            return
+        for layer in range(architecture.num_layers):
+            if self.layers is not None and architecture.layer_kind(layer) != self.layers:
+                continue
+            if not self.per_expert:
+                yield Key(self.megatron, (layer,))
+                continue
+            for expert in range(architecture.num_experts):
+                yield Key(self.megatron, (layer, expert))
 
     def ranges(self, architecture: Architecture, tp_size: int) -> Iterator[Range]:
         """The ranges in Megatron's order; shard r of n equal shards of their concatenation is TP rank r's."""
@@ -146,8 +170,10 @@ def shard_shape(rule: Rule, architecture: Architecture, tp_size: int) -> tuple[i
     return tuple(shape)
 
 
-def pieces(rule: Rule, architecture: Architecture, *, layer: int | None, tp_rank: int, tp_size: int) -> list[Piece]:
-    """What the shard of TP rank `tp_rank` of `tp_size` is made of, in the order of its rows."""
+def pieces(
+    rule: Rule, architecture: Architecture, *, indices: tuple[int, ...], tp_rank: int, tp_size: int
+) -> list[Piece]:
+    """What the shard of rank `tp_rank` of `tp_size` (experts': of ETP) is made of, in the order of its rows."""
     shape = shard_shape(rule, architecture, tp_size)
     dim = rule.dim or 0
     first = 0 if rule.dim is None else tp_rank * shape[dim]
@@ -158,7 +184,7 @@ def pieces(rule: Rule, architecture: Architecture, *, layer: int | None, tp_rank
         if low < high:
             found.append(
                 Piece(
-                    hf_name=layer_name(tensor.name, layer),
+                    hf_name=numbered(tensor.name, indices),
                     hf_shape=tensor.sizes(architecture),
                     hf_index=_index(shape, dim, start + low - position, start + high - position),
                     shard_index=_index(shape, dim, low - first, high - first),
@@ -168,26 +194,24 @@ def pieces(rule: Rule, architecture: Architecture, *, layer: int | None, tp_rank
     return found
 
 
-def layer_name(pattern: str, layer: int | None) -> str:
-    """The name in `layer` of a tensor whose pattern has a `*`; other names as they are."""
-    return pattern if layer is None else pattern.replace("*", str(layer))
-
-
-def expand(rules: list[Rule], architecture: Architecture) -> list[tuple[Rule, int | None]]:
-    """(rule, layer) of every Megatron tensor of the whole model, in the order of the Hugging Face tensors."""
+def expand(rules: list[Rule], architecture: Architecture) -> list[tuple[Rule, Key]]:
+    """Every Megatron tensor of the whole model with its rule, in the order of the Hugging Face tensors."""
     layered = [rule for rule in rules if rule.per_layer]
     first = rules.index(layered[0])
-    before = [rule for rule in rules[:first] if not rule.per_layer]
-    after = [rule for rule in rules[first:] if not rule.per_layer]
-    layers = [(rule, layer) for layer in range(architecture.num_layers) for rule in layered]
-    return [*((rule, None) for rule in before), *layers, *((rule, None) for rule in after)]
+    # Stable: a layer's tensors stay in the rules' order, an expert's beside each other.
+    of_layers = sorted(
+        ((rule, key) for rule in layered for key in rule.keys(architecture)), key=lambda item: item[1].indices[0]
+    )
+    before = [(rule, key) for rule in rules[:first] if not rule.per_layer for key in rule.keys(architecture)]
+    after = [(rule, key) for rule in rules[first:] if not rule.per_layer for key in rule.keys(architecture)]
+    return [*before, *of_layers, *after]
 
 
 def hf_shapes(rules: list[Rule], architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every Hugging Face tensor of the model, in order."""
     return {
-        layer_name(tensor.name, layer): tensor.sizes(architecture)
-        for rule, layer in expand(rules, architecture)
+        numbered(tensor.name, key.indices): tensor.sizes(architecture)
+        for rule, key in expand(rules, architecture)
         for tensor in rule.hf
     }
 

@@ -61,7 +61,8 @@ def packed_share(
     dummy microbatch, since every rank has to take part in the step.
     """
     parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
-    return [(part, pack(sequences_of(part), multiple=groups.token_multiple)) for part in parts]
+    sizes = {"multiple": groups.token_multiple, "sequence_multiple": groups.sequence_multiple}
+    return [(part, pack(sequences_of(part), **sizes)) for part in parts]
 
 
 def _rounded_up(value: int, multiple: int) -> int:

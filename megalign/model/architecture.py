@@ -22,7 +22,7 @@ PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def transformer_config(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> TransformerConfig:
     """Megatron's configuration of the model at this layout; UserError where sizes do not divide."""
-    check_layout(architecture, groups)
+    check_layout(architecture, args, groups)
     dtype = PARAMS_DTYPES[args.params_dtype_name]
     granularity = (args.recompute_granularity or "selective") if args.gradient_checkpointing else None
     recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if granularity == "full" else {}
@@ -44,7 +44,15 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.tp.size,
         pipeline_model_parallel_size=groups.pp.size,
+        virtual_pipeline_model_parallel_size=args.num_chunks if args.num_chunks > 1 else None,
+        num_layers_in_first_pipeline_stage=args.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=args.num_layers_in_last_pipeline_stage,
+        # Two messages between the same two ranks would mix in one batch of p2p operations, silently.
+        overlap_p2p_comm=args.num_chunks > 1,
+        batch_p2p_comm=args.num_chunks == 1,
         context_parallel_size=groups.cp.size,
+        expert_model_parallel_size=groups.ep.size,
+        expert_tensor_parallel_size=groups.etp.size,
         sequence_parallel=args.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -67,9 +75,9 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
     )
 
 
-def check_layout(architecture: Architecture, groups: ParallelGroups) -> None:
-    """UserError when heads, FFN or layers do not divide by the layout."""
-    tp, pp = groups.tp.size, groups.pp.size
+def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
+    """UserError when heads, FFN, layers or experts do not divide by the layout."""
+    tp = groups.tp.size
     if architecture.num_attention_heads % tp:
         fits = [n for n in range(1, architecture.num_attention_heads + 1) if architecture.num_attention_heads % n == 0]
         raise UserError(
@@ -87,10 +95,47 @@ def check_layout(architecture: Architecture, groups: ParallelGroups) -> None:
             f"num_key_value_heads {groups_of_kv} and tensor_model_parallel_size {tp} do not divide one another; "
             "use a tensor_model_parallel_size that divides it or is a multiple of it"
         )
-    if architecture.num_layers % pp:
+    _check_stages(architecture.num_layers, args)
+    _check_experts(architecture, groups)
+
+
+def _check_stages(num_layers: int, args: LoopConfig) -> None:
+    ends = (args.num_layers_in_first_pipeline_stage, args.num_layers_in_last_pipeline_stage)
+    given = [layers for layers in ends if layers is not None]
+    rest, stages = num_layers - sum(given), args.pipeline_model_parallel_size - len(given)
+    middle = "stages" if not given else "other stages"
+    if rest < stages or (rest % stages if stages else rest):
         raise UserError(
-            f"num_hidden_layers {architecture.num_layers} is not divisible by pipeline_model_parallel_size {pp}; "
-            f"use a pipeline_model_parallel_size that divides it"
+            f"num_hidden_layers {num_layers} leaves {rest} layers for {stages} {middle}, which must share them evenly; "
+            "use a pipeline_model_parallel_size that divides it, or set num_layers_in_first_pipeline_stage and "
+            "num_layers_in_last_pipeline_stage"
+        )
+    chunks = args.num_chunks
+    for layers in [*given, *([rest // stages] if stages else [])]:
+        if layers % chunks:
+            raise UserError(
+                f"a pipeline stage of {layers} layers cannot be cut into virtual_pipeline_model_parallel_size {chunks} "
+                "equal chunks; use a size that divides it"
+            )
+
+
+def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
+    ep, etp, experts = groups.ep.size, groups.etp.size, architecture.num_experts
+    if architecture.moe is None:
+        if ep > 1 or etp != groups.tp.size:
+            raise UserError(
+                f"{architecture.family} has no experts, so expert_model_parallel_size {ep} and "
+                f"expert_tensor_parallel_size {etp} split nothing; drop them"
+            )
+        return
+    if experts % ep:
+        raise UserError(
+            f"{experts} experts are not divisible by expert_model_parallel_size {ep}; use a size that divides them"
+        )
+    if architecture.moe.ffn_hidden_size % etp:
+        raise UserError(
+            f"the experts' intermediate size {architecture.moe.ffn_hidden_size} is not divisible by "
+            f"expert_tensor_parallel_size {etp}; use a smaller one"
         )
 
 

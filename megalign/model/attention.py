@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from megalign.batch import Batch
+from megalign.parallel import context
+from megalign.parallel.groups import Axis
 
 
 @dataclass
@@ -19,12 +22,15 @@ class PackedSequences(PackedSeqParams):
     """Megatron's packed-sequence parameters, with the lengths on the host so that no layer waits for the device."""
 
     lengths: tuple[int, ...] = ()
+    cp: Axis | None = None
+    order: Tensor | None = None  # [T] context.whole_order, when cp has several ranks
 
     @classmethod
-    def of(cls, batch: Batch) -> PackedSequences:
+    def of(cls, batch: Batch, cp: Axis) -> PackedSequences:
         """The parameters of a Batch; `max_seqlen` is the true longest sequence (rope restarts at each)."""
         lengths = tuple(batch.cu_seqlens.diff().tolist())
         longest = max(lengths)
+        order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
         return cls(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -32,22 +38,38 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=lengths,
+            cp=cp,
+            order=order,
         )
+
+    def local(self, tokens: Tensor) -> Tensor:
+        """[T] -> [T / cp], this context rank's tokens."""
+        return tokens if self.order is None else tokens[self.order.view(self.cp.size, -1)[self.cp.rank]]
 
 
 class PackedAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v within each sequence; grouped queries without repeating keys."""
+    """softmax(q k^T * scale) v within each sequence; grouped queries without repeating keys.
+
+    Under context parallelism every rank gathers all keys and values, and answers its own queries.
+    """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
+        self._scale = softmax_scale  # None: 1 / sqrt(head_dim)
 
     def forward(
         self,
-        query: Tensor,  # [T, heads, head_dim]
-        key: Tensor,  # [T, groups, head_dim]
-        value: Tensor,  # [T, groups, head_dim]
+        query: Tensor,  # [T / cp, heads, head_dim]
+        key: Tensor,  # [T / cp, groups, head_dim]
+        value: Tensor,  # [T / cp, groups, value_dim]
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
@@ -55,14 +77,51 @@ class PackedAttention(nn.Module):
         **_: Any,
     ) -> Tensor:
         assert packed_seq_params is not None, "every batch is packed"
-        dtype, lengths = query.dtype, list(packed_seq_params.lengths)
+        dtype = query.dtype
         if not query.is_cuda and dtype is torch.bfloat16:
             # torch's CPU kernel takes 3.5 times as long for bf16's backward as for fp32's.
             query, key, value = query.float(), key.float(), value.float()
+        runs = _runs(packed_seq_params)
+        if packed_seq_params.order is not None:
+            key, value = (
+                context.gather_tokens(part, packed_seq_params.order, packed_seq_params.cp) for part in (key, value)
+            )
         parts = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in qkv), is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-            )[0].transpose(0, 1)
-            for qkv in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+            self._attend(queries, key[run.start : run.end], value[run.start : run.end])
+            for run, queries in zip(runs, query.split([run.num_queries for run in runs]), strict=True)
         ]
         return torch.cat(parts).flatten(1).to(dtype)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The queries are the last of the keys' positions."""
+        whole = len(query) == len(key)
+        return F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (query, key, value)),
+            attn_mask=None if whole else causal_lower_right(len(query), len(key)),
+            is_causal=whole,
+            scale=self._scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )[0].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring queries of one sequence, and the keys from its begin to the last of them."""
+
+    num_queries: int
+    start: int
+    end: int
+
+
+def _runs(packed: PackedSequences) -> list[_Run]:
+    """This rank's queries in order: whole sequences, or two pieces of each under context parallelism."""
+    runs, start = [], 0
+    size, rank = packed.cp.size, packed.cp.rank
+    for length in packed.lengths:
+        if size == 1:
+            runs.append(_Run(length, start, start + length))
+        else:
+            piece = length // (2 * size)
+            runs += [_Run(piece, start, start + (number + 1) * piece) for number in (rank, 2 * size - 1 - rank)]
+        start += length
+    return runs

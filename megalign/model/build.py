@@ -16,7 +16,7 @@ from megalign import device
 from megalign.conversion.architecture import Architecture
 from megalign.model.architecture import inverse_frequencies, transformer_config
 from megalign.model.layer_spec import layer_spec
-from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.groups import Axis, ParallelGroups
 from megalign.patches.megatron import megatron_calls
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ class HiddenStatesModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[padded V / tp] where the family's head has one."""
+        return self.output_layer.bias
 
 
 class ScoreHead(nn.Module):
@@ -56,35 +61,54 @@ class ScoreHead(nn.Module):
 def build_model(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> list[HiddenStatesModel]:
     """The model chunks of this rank, without weights: `resharding.load` fills them."""
     config = transformer_config(architecture, args, groups)
+    return [_build_chunk(number, architecture, config, groups) for number in range(args.num_chunks)]
+
+
+def _build_chunk(
+    number: int, architecture: Architecture, config: TransformerConfig, groups: ParallelGroups
+) -> HiddenStatesModel:
+    """Chunk `number` of this stage: the first chunk of all has the embedding, the last of all the head."""
+    chunks = config.virtual_pipeline_model_parallel_size
+    is_first = groups.is_first_stage and number == 0
+    is_last = groups.is_last_stage and number == (chunks or 1) - 1
+    vp_stage = None if chunks is None else number
     with megatron_calls():
         model = HiddenStatesModel(
             config,
-            layer_spec(config, architecture.num_layers // groups.pp.size),
+            layer_spec(config, architecture, vp_stage),
             vocab_size=architecture.padded_vocab_size(groups.tp.size),
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=is_first,
+            post_process=is_last,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
             share_embeddings_and_output_weights=architecture.tied_embeddings,
+            vp_stage=vp_stage,
         )
-        if architecture.num_labels is not None and groups.is_last_stage:
+        if architecture.num_labels is not None and is_last:
             model.output_layer = ScoreHead(config, architecture.num_labels)
         model.to(device.device())
-        if architecture.pad_token_id is not None and groups.is_first_stage:
-            model.embedding.word_embeddings.register_forward_hook(_without_gradient_of(architecture.pad_token_id))
+        if architecture.pad_token_id is not None and is_first:
+            model.embedding.word_embeddings.register_forward_hook(
+                _without_gradient_of(architecture.pad_token_id, groups.tp if config.sequence_parallel else None)
+            )
     _mark_tensor_parallel(model)
     # Megatron's own scaling knows one set of Llama 3 constants only.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture).to(device.device())
-    return [model]
+    return model
 
 
-def _without_gradient_of(pad_token_id: int) -> Callable[..., Tensor]:
-    """A forward hook of the embedding: transformers' padding_idx, which also counts where the pad is the end token."""
+def _without_gradient_of(pad_token_id: int, scattered: Axis | None) -> Callable[..., Tensor]:
+    """A forward hook of the embedding: transformers' padding_idx, which also counts where the pad is the end token.
+
+    Its output is [1, T, H], or with sequence parallelism, scattered over these tensor ranks, [T / tp, 1, H].
+    """
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
         (tokens,) = inputs
-        assert embedded.shape[:-1] == tokens.shape, "scattered over tensor ranks"
+        if scattered is not None:
+            tokens = tokens.T.chunk(scattered.size)[scattered.rank]
+        assert embedded.shape[:-1] == tokens.shape, f"embeddings {embedded.shape} of tokens {tokens.shape}"
         return where((tokens == pad_token_id)[..., None], embedded.detach(), embedded)
 
     return hook

@@ -31,21 +31,23 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
         adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
     with megatron_calls():
         state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), path)
-        _model_of(chunks[0]).load_state_dict(state["model"])
+        for number, chunk in enumerate(chunks):
+            _model_of(chunk).load_state_dict(state[_key(number)])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
 
 
 def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    assert len(chunks) == 1, "interleaved chunks need a key each"
+    """The tensors' names in the file are of the whole model: what a stage calls its chunks does not matter."""
     if optimizer is None:
-        return {"model": chunks[0].sharded_state_dict()}
+        return {_key(number): chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": chunks[0].dp_cp_group}
-    model = chunks[0].module.sharded_state_dict(metadata=metadata)
-    return {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata),
-    }
+    models = {_key(number): chunk.module.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+    return {**models, "optimizer": optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)}
+
+
+def _key(number: int) -> str:
+    return f"model{number}"
 
 
 def _model_of(chunk: nn.Module) -> nn.Module:

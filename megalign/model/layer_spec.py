@@ -10,10 +10,13 @@ from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn, ones
 
+from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.model.attention import PackedAttention
 
 
@@ -33,13 +36,27 @@ class RMSNorm(nn.Module):
         return normed * self.weight
 
 
-def layer_spec(config: TransformerConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """The submodules of a pipeline stage with `num_layers` layers."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+def layer_spec(
+    config: TransformerConfig, architecture: Architecture, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its chunk `vp_stage`."""
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer(config, architecture.layer_kind(layer)) for layer in layers], layer_norm=RMSNorm
+    )
+
+
+def _layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if kind == "moe" else None,
+        normalization="RMSNorm",
+        qk_layernorm=config.qk_layernorm,
+    )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return layer

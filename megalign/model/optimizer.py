@@ -23,12 +23,22 @@ if TYPE_CHECKING:
 def wrap_for_training(chunks: list[nn.Module], args: LoopConfig) -> list[nn.Module]:
     """Megatron's DDP: fp32 gradient buffers, reduced over data-parallel ranks once a step."""
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=args.use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
     )
+    config = chunks[0].config  # one for all chunks
     with megatron_calls():
-        wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
-    for chunk in chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        # Later chunks' gradients are ready first, all at once: buckets would only cut them up.
+        wrapped = [
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if args.overlap_grad_reduce:
+        waits = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = waits if len(waits) > 1 else waits[0]
     return wrapped
 
 

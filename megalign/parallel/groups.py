@@ -30,14 +30,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """All axes of the layout. World order is Megatron's: tp fastest, then cp, dp, pp."""
+    """All axes of the layout. World order is Megatron's: tp fastest, then cp, dp, pp; of experts etp, ep, pp."""
 
     world: Axis
     tp: Axis
     pp: Axis
     cp: Axis
     dp: Axis
-    mp: Axis  # all (tp, pp) ranks of one copy of the model: same dp and cp
+    ep: Axis  # who shares a layer's experts
+    etp: Axis  # who shares an expert's matrices
+    copy: Axis  # ranks that together hold the whole model, experts included, as few as there can be
 
     @property
     def is_dp_leader(self) -> bool:
@@ -57,10 +59,15 @@ class ParallelGroups:
     @property
     def token_multiple(self) -> int:
         """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly."""
-        return self.tp.size * (2 * self.cp.size if self.cp.size > 1 else 1)
+        return self.tp.size * self.sequence_multiple
+
+    @property
+    def sequence_multiple(self) -> int:
+        """The length of every sequence is a multiple of this: zigzag CP cuts each into 2 * cp equal pieces."""
+        return 2 * self.cp.size if self.cp.size > 1 else 1
 
 
-_Layout = tuple[int, int, int]  # tp, pp, cp
+_Layout = tuple[int, ...]  # tp, pp, virtual pp, cp, ep, etp
 _made: tuple[_Layout, ParallelGroups, list[Any]] | None = None  # and the process groups behind them
 
 
@@ -73,7 +80,14 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
     megatron_patches.install()
     start_distributed(timeout_s)
     args.validate_layout(dist.get_world_size())
-    layout = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    layout = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.num_chunks,
+        args.context_parallel_size,
+        args.expert_model_parallel_size,
+        args.expert_tensor_size,
+    )
     if _made is not None and _made[1].world.group is not dist.group.WORLD:
         _destroy(_made[2])  # the job's groups were ended, Megatron's with them, and it does not know
         _made = None
@@ -93,11 +107,15 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
 def _make(layout: _Layout, timeout_s: float) -> ParallelGroups:
     from megatron.core import parallel_state as mpu
 
+    tp, pp, chunks, cp, ep, etp = layout
     with megatron_patches.megatron_calls():
         mpu.initialize_model_parallel(
-            tensor_model_parallel_size=layout[0],
-            pipeline_model_parallel_size=layout[1],
-            context_parallel_size=layout[2],
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
             distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
     return ParallelGroups(
@@ -106,8 +124,22 @@ def _make(layout: _Layout, timeout_s: float) -> ParallelGroups:
         pp=_axis(mpu.get_pipeline_model_parallel_group()),
         cp=_axis(mpu.get_context_parallel_group()),
         dp=_axis(mpu.get_data_parallel_group()),
-        mp=_axis(mpu.get_model_parallel_group()),
+        ep=_axis(mpu.get_expert_model_parallel_group()),
+        etp=_axis(mpu.get_expert_tensor_parallel_group()),
+        copy=_axis(_copy_group(math.lcm(tp, ep * etp), pp, timeout_s)),
     )
+
+
+def _copy_group(block: int, pp: int, timeout_s: float) -> Any:
+    """Of each pipeline stage the same `block` neighbours: whole tensor-parallel groups and whole sets of experts."""
+    stage = dist.get_world_size() // pp
+    mine = None
+    for first in range(0, stage, block):
+        ranks = [first + number * stage + place for number in range(pp) for place in range(block)]
+        group = dist.new_group(ranks, timeout=datetime.timedelta(seconds=timeout_s))  # all ranks make all groups
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
 
 
 def _set_timeout(groups: list[Any], timeout_s: float) -> None:

@@ -54,7 +54,7 @@ def train(
 
         return forward(model, batch), loss_func
 
-    return _run(forward_step, chunks, batches, forward_only=False)
+    return _run(forward_step, chunks, batches, groups, forward_only=False)
 
 
 def evaluate(
@@ -71,18 +71,23 @@ def evaluate(
         return forward(model, batch), columns
 
     with torch.no_grad():
-        results = _run(forward_step, chunks, batches, forward_only=True)
+        results = _run(forward_step, chunks, batches, groups, forward_only=True)[: len(batches)]
         return _broadcast_columns(results, batches, groups)
 
 
-def _run(forward_step: Any, chunks: list[nn.Module], batches: list[Batch], *, forward_only: bool) -> list[Any]:
-    assert len(chunks) == 1, "interleaved schedules need one data iterator for each chunk"
+def _run(
+    forward_step: Any, chunks: list[nn.Module], batches: list[Batch], groups: ParallelGroups, *, forward_only: bool
+) -> list[Any]:
     assert batches, "a rank without rows feeds Batch.dummy"
+    interleaved = len(chunks) > 1
+    if interleaved:  # that schedule takes the microbatches in rounds of one for each stage
+        blank = Batch.dummy(groups.token_multiple).to(device.device())
+        batches = batches + [blank] * (-len(batches) % groups.pp.size)
     with megatron_calls():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=chunks[0],
+            data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
+            model=chunks if interleaved else chunks[0],
             num_microbatches=len(batches),
             seq_length=1,  # unused: the lengths travel with the tensors (variable_seq_lengths)
             micro_batch_size=1,

@@ -13,20 +13,22 @@ from torch import Tensor, nn
 from megalign.batch import Slice
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.hf_files import HfWriter
+from megalign.conversion.names import Key
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
-from megalign.resharding.layout import Key, LocalTensor, OwnedPiece, Plan, local_tensors, plan_of
+from megalign.resharding.layout import LocalTensor, OwnedPiece, Plan, local_tensors, plan_of
 
 _ALIGNMENT = 16  # a piece starts where any dtype may be viewed
 
 
 def named_slices(chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture) -> Iterator[Slice]:
     """This rank's part of the model, as views; over the ranks of a model copy every element comes once."""
-    for rule, tensor, pieces in local_tensors(chunks, groups, architecture).values():
-        if rule.duplicate or (rule.dim is None and groups.tp.rank > 0):
-            continue
-        for piece in pieces:
-            yield Slice(piece.hf_name, piece.hf_shape, piece.hf_index, tensor[piece.shard_index])
+    plan = plan_of(chunks, groups, architecture)
+    local = local_tensors(chunks, groups, architecture)
+    for name, owned in plan.tensors.items():
+        for owner, key, _, piece in owned:
+            if owner == groups.copy.rank:
+                yield Slice(name, plan.shapes[name], piece.hf_index, local[key].tensor[piece.shard_index])
 
 
 @torch.no_grad()
@@ -38,7 +40,7 @@ def gathered(
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors, bitwise, on every rank of the model copy; a tensor may be a view of a parameter.
 
-    A collective over groups.mp: every rank must exhaust the iterator. At most about twice `bucket_bytes`
+    A collective over groups.copy: every rank must exhaust the iterator. At most about twice `bucket_bytes`
     (or twice the largest tensor) is held at a time.
     """
     plan = plan_of(chunks, groups, architecture)
@@ -81,9 +83,9 @@ def save_hf(
     """
     plan_of(chunks, groups, architecture)  # what can be wrong with the model itself, every rank finds here
     error = None
-    if groups.dp.rank == 0 and groups.cp.rank == 0:
+    if groups.copy.ranks[0] == groups.world.ranks[0]:
         stream = gathered(chunks, groups, architecture)
-        if groups.mp.rank == 0:
+        if groups.copy.rank == 0:
             options = {
                 "dtype": dtype,
                 "max_shard_size": max_shard_size,
@@ -122,9 +124,9 @@ def _exchange(owned: list[OwnedPiece], local: dict[Key, LocalTensor], groups: Pa
     mine = {
         number: local[item.key].tensor[item.piece.shard_index]
         for number, item in enumerate(owned)
-        if item.owner == groups.mp.rank
+        if item.owner == groups.copy.rank
     }
-    if groups.mp.size == 1:
+    if groups.copy.size == 1:
         return list(mine.values())
     sizes: dict[int, int] = {}
     offsets = []
@@ -140,7 +142,7 @@ def _exchange(owned: list[OwnedPiece], local: dict[Key, LocalTensor], groups: Pa
     for number, tensor in mine.items():
         parts[number].copy_(tensor)
     works = [
-        dist.broadcast(buffer, src=groups.mp.ranks[owner], group=groups.mp.group, async_op=True)
+        dist.broadcast(buffer, src=groups.copy.ranks[owner], group=groups.copy.group, async_op=True)
         for owner, buffer in buffers.items()
     ]
     for work in works:

@@ -1,8 +1,8 @@
-"""Who holds what: the local Megatron tensors by global name, and the plan that is equal on every rank."""
+"""Who holds what: local Megatron tensors by global name, and the plan that is equal on every rank of a model copy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import rules_of
-from megalign.conversion.names import canonical
-from megalign.conversion.rules import Piece, Rule, expand, hf_shapes, layer_name, pieces, shard_shape
+from megalign.conversion.names import Key, canonical
+from megalign.conversion.rules import Piece, Rule, expand, hf_shapes, pieces, shard_shape
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
-
-Key = tuple[str, int | None]  # (canonical pattern, global layer)
 
 
 class LocalTensor(NamedTuple):
@@ -33,12 +31,16 @@ class Holder(NamedTuple):
     """What one rank of a model copy told the others."""
 
     tp_rank: int
-    pp_rank: int
+    etp_rank: int
     dtypes: dict[Key, torch.dtype]
+
+    def shard_of(self, rule: Rule) -> int:
+        """Which shard of the rule's tensors it holds."""
+        return self.etp_rank if rule.per_expert else self.tp_rank
 
 
 class OwnedPiece(NamedTuple):
-    """A piece and the one rank of the model copy (index into groups.mp.ranks) that gives it."""
+    """A piece and the one rank of the model copy (index into groups.copy.ranks) that gives it."""
 
     owner: int
     key: Key
@@ -63,20 +65,15 @@ def local_tensors(
 ) -> dict[Key, LocalTensor]:
     """This rank's parameters, in the order of the Hugging Face tensors; raises for one that no rule knows."""
     found: dict[Key, Tensor] = {}
-    for chunk in chunks:
-        layers = chunk.decoder.layers
-        first_layer = layers[0].layer_number - 1 if len(layers) else 0
-        for name, parameter in chunk.named_parameters():
-            key = canonical(name, first_layer)
-            assert key not in found, f"{key} stands twice on this rank"
-            found[key] = parameter.detach()
+    for key, tensor in _named_tensors(chunks, groups, architecture):
+        assert key not in found, f"{key} stands twice on this rank"
+        found[key] = tensor.detach()
     tensors = {}
-    for rule, layer in expand(rules_of(architecture), architecture):
-        key = (rule.megatron, layer)
+    for rule, key in expand(rules_of(architecture), architecture):
         if key in found:
-            tensors[key] = _local_tensor(rule, layer, found.pop(key), groups, architecture)
+            tensors[key] = _local_tensor(rule, key, found.pop(key), groups, architecture)
     if found:
-        names = ", ".join(layer_name(*key) for key in found)
+        names = ", ".join(key.name for key in found)
         raise UserError(f"{architecture.family} has no rule for Megatron's {names}; write it in megalign/conversion")
     return tensors
 
@@ -89,37 +86,38 @@ def plan_of(chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: A
 
 
 def gather_holders(chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture) -> list[Holder]:
-    """What every rank of the model copy holds, in the order of groups.mp.ranks."""
+    """What every rank of the model copy holds, in the order of groups.copy.ranks."""
     local = local_tensors(chunks, groups, architecture)
-    mine = Holder(groups.tp.rank, groups.pp.rank, {key: item.tensor.dtype for key, item in local.items()})
-    if groups.mp.size == 1:
+    mine = Holder(groups.tp.rank, groups.etp.rank, {key: item.tensor.dtype for key, item in local.items()})
+    if groups.copy.size == 1:
         return [mine]
-    holders: list[Holder | None] = [None] * groups.mp.size
-    dist.all_gather_object(holders, mine, group=groups.mp.group)
+    holders: list[Holder | None] = [None] * groups.copy.size
+    dist.all_gather_object(holders, mine, group=groups.copy.group)
     return holders
 
 
 def make_plan(holders: Sequence[Holder], architecture: Architecture) -> Plan:
-    """Assigns each piece one owner; raises when the ranks together do not hold the whole model, once."""
+    """Assigns each piece one owner, the first that holds it; raises when the ranks together lack some."""
     rules = rules_of(architecture)
-    tp_size = 1 + max(holder.tp_rank for holder in holders)
     shapes = hf_shapes(rules, architecture)
     tensors: dict[str, list[OwnedPiece]] = {name: [] for name in shapes}
     missing = []
-    for rule, layer in expand(rules, architecture):
+    for rule, key in expand(rules, architecture):
         if rule.duplicate:
             continue
-        key = (rule.megatron, layer)
-        owners = [(index, holder) for index, holder in enumerate(holders) if key in holder.dtypes]
+        size = 1 + max(holder.shard_of(rule) for holder in holders)
+        owners: dict[int, int] = {}  # shard -> the first rank that holds it
+        for index, holder in enumerate(holders):
+            if key in holder.dtypes:
+                owners.setdefault(holder.shard_of(rule), index)
         if not owners:
-            missing.append(layer_name(*key))
+            missing.append(key.name)
             continue
-        assert sorted(holder.tp_rank for _, holder in owners) == list(range(tp_size)), f"{key}: {owners}"
-        for index, holder in owners:
-            if rule.dim is None and holder.tp_rank > 0:
-                continue
-            for piece in pieces(rule, architecture, layer=layer, tp_rank=holder.tp_rank, tp_size=tp_size):
-                tensors[piece.hf_name].append(OwnedPiece(index, key, holder.dtypes[key], piece))
+        assert sorted(owners) == list(range(size)), f"{key}: {owners}"
+        for shard in [0] if rule.dim is None else range(size):
+            index = owners[shard]
+            for piece in pieces(rule, architecture, indices=key.indices, tp_rank=shard, tp_size=size):
+                tensors[piece.hf_name].append(OwnedPiece(index, key, holders[index].dtypes[key], piece))
     if missing:
         names = ", ".join(missing)
         raise UserError(f"no rank holds Megatron's {names}; build the model from the same config.json")
@@ -128,18 +126,36 @@ def make_plan(holders: Sequence[Holder], architecture: Architecture) -> Plan:
     return Plan(tensors, shapes)
 
 
+def _named_tensors(
+    chunks: Sequence[nn.Module], groups: ParallelGroups, architecture: Architecture
+) -> Iterator[tuple[Key, Tensor]]:
+    """Parameters, and buffers that a rule knows, with their keys."""
+    buffers = {rule.megatron for rule in rules_of(architecture)}
+    first_expert = groups.ep.rank * (architecture.num_experts // groups.ep.size)
+    for chunk in chunks:
+        layers = chunk.decoder.layers
+        first_layer = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in chunk.named_parameters():
+            yield canonical(name, first_layer, first_expert), parameter
+        for name, buffer in chunk.named_buffers():
+            key = canonical(name, first_layer, first_expert)
+            if key.pattern in buffers:
+                yield key, buffer
+
+
 def _local_tensor(
-    rule: Rule, layer: int | None, tensor: Tensor, groups: ParallelGroups, architecture: Architecture
+    rule: Rule, key: Key, tensor: Tensor, groups: ParallelGroups, architecture: Architecture
 ) -> LocalTensor:
-    expected = shard_shape(rule, architecture, groups.tp.size)
+    axis = groups.etp if rule.per_expert else groups.tp
+    expected = shard_shape(rule, architecture, axis.size)
     if tuple(tensor.shape) != expected:
         raise UserError(
-            f"Megatron's {layer_name(rule.megatron, layer)} is {list(tensor.shape)}, its rule wants "
-            f"{list(expected)} at tensor_model_parallel_size={groups.tp.size}; build the model from the same "
-            "config.json"
+            f"Megatron's {key.name} is {list(tensor.shape)}, its rule wants {list(expected)} on one of {axis.size} "
+            "(expert) tensor-parallel ranks; build the model from the same config.json"
         )
-    cut = pieces(rule, architecture, layer=layer, tp_rank=groups.tp.rank, tp_size=groups.tp.size)
-    return LocalTensor(rule, tensor, cut)
+    return LocalTensor(
+        rule, tensor, pieces(rule, architecture, indices=key.indices, tp_rank=axis.rank, tp_size=axis.size)
+    )
 
 
 def _numel(owned: Iterable[OwnedPiece]) -> int:

@@ -108,7 +108,9 @@ class Reference:
         mine: dict[int, list[float]] = {}
         for (part, _), batch in zip(share, batches, strict=True):
             pieces = batch["ref_logprobs"].split(batch.cu_seqlens.diff().tolist())
-            mine.update({row: piece.tolist() for row, piece in zip(part, pieces, strict=False)})
+            for row, piece in zip(part, pieces, strict=False):
+                # Context parallelism pads a sequence at its end.
+                mine[row] = piece[: len(sequence(dataset[row])["tokens"])].tolist()
         return gather_rows(mine, self._groups.dp)
 
 

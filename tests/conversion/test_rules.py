@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, rules_of
-from megalign.conversion.rules import QKV, Rule, Vocab, expand, hf_shapes, layer_name, pieces, shard_shape
+from megalign.conversion.names import numbered
+from megalign.conversion.rules import QKV, Rule, Vocab, expand, hf_shapes, pieces, shard_shape
 from tests.tiny import CONFIGS
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -30,7 +33,7 @@ def model_and_architecture(family: str, **changes: object) -> tuple[dict[str, Te
     return state, architecture_of({**config.to_dict(), "architectures": [type(model).__name__]})
 
 
-def load_shard(rule: Rule, state: dict[str, Tensor], architecture: Architecture, **place: int | None) -> Tensor:
+def load_shard(rule: Rule, state: dict[str, Tensor], architecture: Architecture, **place: Any) -> Tensor:
     """One shard, filled piece by piece; what no piece covers stays NaN."""
     shard = torch.full(shard_shape(rule, architecture, place["tp_size"]), float("nan"))
     for piece in pieces(rule, architecture, **place):
@@ -43,9 +46,9 @@ def load_shard(rule: Rule, state: dict[str, Tensor], architecture: Architecture,
 def test_hf_to_shards_to_hf_is_bitwise(family: str, tp_size: int) -> None:
     state, architecture = model_and_architecture(family)
     back = {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}
-    for rule, layer in expand(rules_of(architecture), architecture):
+    for rule, key in expand(rules_of(architecture), architecture):
         for rank in range(tp_size):
-            place = {"layer": layer, "tp_rank": rank, "tp_size": tp_size}
+            place = {"indices": key.indices, "tp_rank": rank, "tp_size": tp_size}
             shard = load_shard(rule, state, architecture, **place)
             assert isinstance(rule, Vocab) or not shard.isnan().any(), rule.megatron
             for piece in pieces(rule, architecture, **place):
@@ -97,7 +100,7 @@ def test_fused_qkv_order_by_hand() -> None:
     # Four query heads and two key/value heads of size 1. Megatron's rows: q0 q1 k0 v0 | q2 q3 k1 v1.
     rule = QKV.of("bias", "{}")
     state = {"q": torch.tensor([0.0, 1, 2, 3]), "k": torch.tensor([10.0, 11]), "v": torch.tensor([20.0, 21])}
-    place = {"layer": None, "tp_rank": 0, "tp_size": 1}
+    place = {"indices": (), "tp_rank": 0, "tp_size": 1}
     assert load_shard(rule, state, small(), **place).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
     quarters = [
         load_shard(rule, state, small(), **{**place, "tp_rank": rank, "tp_size": 4}).tolist() for rank in range(4)
@@ -111,23 +114,25 @@ def test_gate_and_up_are_split_each_by_hand() -> None:
         "model.layers.0.mlp.up_proj.weight": 10 + torch.arange(4.0)[:, None].expand(4, 3),
     }
     rule = next(rule for rule in rules_of(small()) if "linear_fc1" in rule.megatron)
-    halves = [load_shard(rule, state, small(), layer=0, tp_rank=rank, tp_size=2)[:, 0].tolist() for rank in range(2)]
+    halves = [
+        load_shard(rule, state, small(), indices=(0,), tp_rank=rank, tp_size=2)[:, 0].tolist() for rank in range(2)
+    ]
     assert halves == [[0, 1, 10, 11], [2, 3, 12, 13]]
 
 
 def test_pad_rows_of_the_vocabulary_have_no_piece() -> None:
     state = {"model.embed_tokens.weight": torch.arange(5.0)[:, None].expand(5, 3)}
     rule = rules_of(small())[0]
-    shards = [load_shard(rule, state, small(), layer=None, tp_rank=rank, tp_size=4)[:, 0] for rank in range(4)]
+    shards = [load_shard(rule, state, small(), indices=(), tp_rank=rank, tp_size=4)[:, 0] for rank in range(4)]
     assert [shard.shape for shard in shards] == [(2,)] * 4  # 5 rows padded to 8
     assert torch.cat(shards)[:5].tolist() == [0, 1, 2, 3, 4]
     assert torch.cat(shards)[5:].isnan().all()
-    assert pieces(rule, small(), layer=None, tp_rank=3, tp_size=4) == []
+    assert pieces(rule, small(), indices=(), tp_rank=3, tp_size=4) == []
 
 
 def test_output_projections_are_split_by_columns() -> None:
     rule = next(rule for rule in rules_of(small()) if "linear_proj" in rule.megatron)
     state = {"model.layers.0.self_attn.o_proj.weight": torch.arange(12.0).view(3, 4)}
-    shard = load_shard(rule, state, small(), layer=0, tp_rank=1, tp_size=2)
+    shard = load_shard(rule, state, small(), indices=(0,), tp_rank=1, tp_size=2)
     assert shard.tolist() == [[2, 3], [6, 7], [10, 11]]
-    assert layer_name(rule.megatron, 7) == "decoder.layers.7.self_attention.linear_proj.weight"
+    assert numbered(rule.megatron, (7,)) == "decoder.layers.7.self_attention.linear_proj.weight"

@@ -12,7 +12,8 @@ from torch import nn
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_files import read_config
-from megalign.conversion.rules import expand, layer_name, shard_shape
+from megalign.conversion.names import numbered
+from megalign.conversion.rules import expand, shard_shape
 from megalign.resharding.export import gathered
 from megalign.resharding.load import load_hf
 from tests.layouts import Layout, groups_of
@@ -34,10 +35,9 @@ class Chunk(nn.Module):
         self.decoder.layers = nn.ModuleList(nn.Module() for _ in layers)
         for number, layer in zip(layers, self.decoder.layers, strict=True):
             layer.layer_number = number + 1
-        for rule, number in expand(rules_of(architecture), architecture):
-            if number in layers if rule.per_layer else rule.megatron in outer:
-                local = None if number is None else number - layers.start
-                name = layer_name(rule.megatron, local)
+        for rule, key in expand(rules_of(architecture), architecture):
+            if key.indices[0] in layers if rule.per_layer else rule.megatron in outer:
+                name = numbered(rule.megatron, tuple(number - layers.start for number in key.indices))
                 for plain, fused in FUSED.items():
                     name = name.replace(plain, fused)
                 self._place(name, torch.full(shard_shape(rule, architecture, tp_size), float("nan")))

@@ -9,6 +9,7 @@ import torch
 
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import rules_of
+from megalign.conversion.names import Key
 from megalign.conversion.rules import expand
 from megalign.errors import UserError
 from megalign.resharding.export import split_into_buckets
@@ -30,24 +31,22 @@ ARCHITECTURE = Architecture(
 )
 
 
-def holders(tp_size: int, stages: list[Callable[[str, int | None], bool]]) -> list[Holder]:
-    """Ranks in Megatron's order, tp fastest; `stages[i](pattern, layer)` says what stage i holds."""
-    keys = [(rule.megatron, layer) for rule, layer in expand(rules_of(ARCHITECTURE), ARCHITECTURE)]
+def holders(tp_size: int, stages: list[Callable[[Key], bool]]) -> list[Holder]:
+    """Ranks in Megatron's order, tp fastest; `stages[i](key)` says what stage i holds."""
+    keys = [key for _, key in expand(rules_of(ARCHITECTURE), ARCHITECTURE)]
     return [
-        Holder(tp, pp, {key: torch.float32 for key in keys if holds(*key)})
-        for pp, holds in enumerate(stages)
-        for tp in range(tp_size)
+        Holder(tp, tp, {key: torch.float32 for key in keys if holds(key)}) for holds in stages for tp in range(tp_size)
     ]
 
 
-def first_stage(pattern: str, layer: int | None) -> bool:
+def first_stage(key: Key) -> bool:
     """Embedding and three of four layers."""
-    return pattern.startswith("embedding") or (layer is not None and layer < 3)
+    return key.pattern.startswith("embedding") or (key.indices != () and key.indices[0] < 3)
 
 
-def last_stage(pattern: str, layer: int | None) -> bool:
+def last_stage(key: Key) -> bool:
     """The rest, and the tied copy of the embedding."""
-    return not first_stage(pattern, layer)
+    return not first_stage(key)
 
 
 def covered(plan: Plan, name: str) -> torch.Tensor:
@@ -76,8 +75,8 @@ def test_the_tied_copy_gives_nothing_and_replicas_give_once() -> None:
 
 
 def test_a_model_that_no_rank_holds_whole_is_refused_by_name() -> None:
-    def nothing_of_layer_3(pattern: str, layer: int | None) -> bool:
-        return last_stage(pattern, layer) and layer != 3
+    def nothing_of_layer_3(key: Key) -> bool:
+        return last_stage(key) and key.indices != (3,)
 
     with pytest.raises(UserError, match=r"decoder\.layers\.3\.self_attention\.linear_qkv\.weight"):
         make_plan(holders(1, [first_stage, nothing_of_layer_3]), ARCHITECTURE)

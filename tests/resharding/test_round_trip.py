@@ -71,7 +71,7 @@ def round_trip(models: dict[str, str], target: str, layout: Layout) -> None:
             assert bits({"": part.tensor}) == bits({"": source[part.hf_name][part.index]}), part.hf_name
             count[part.hf_name][part.index] += 1
         for name in count:  # over the ranks of a model copy, each element once
-            dist.all_reduce(count[name], group=groups.mp.group)
+            dist.all_reduce(count[name], group=groups.copy.group)
             assert (count[name] == 1).all(), name
         save_hf(f"{target}/{family}", path, chunks, groups, architecture, max_shard_size="30KB")
 

@@ -7,12 +7,11 @@ import io
 import random
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import megalign
 from megalign.train_engine import TrainEngine
-from tests.layouts import Layout
+from tests.layouts import Layout, gradients_of
 from tests.trainers.grpo_runs import RandomRollout, brevity, closeness, prompt_rows
 
 OFFLINE = ("SFT", "Reward", "DPO", "KTO", "ORPO")
@@ -89,8 +88,7 @@ def run(
         # With its usual epsilon AdamW moves a weight whose gradient is rounding by the whole learning rate.
         "adam_epsilon": 1e-3,
         "use_distributed_optimizer": False,
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
+        **layout.fields,
         **({"max_completion_length": 6} if kind in ONLINE else {}),
         **({"num_generations": 4} if kind in ("GRPO", "RLOO") else {}),
         **(options or {}),
@@ -104,7 +102,7 @@ def run(
     trainer = made(kind, paths["model"], config, given)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
-    gradients = {name: gradients_of(engine) for name, engine in trainer.engines().items()}
+    gradients = {name: gradients_or_weights(engine) for name, engine in trainer.engines().items()}
     return {"lines": trainer.state.log_history[:-1], "gradients": gradients}
 
 
@@ -119,14 +117,9 @@ def made(kind: str, model: str, config: Any, given: dict[str, Any]) -> Any:
         online.VllmEngine = real
 
 
-@torch.no_grad()
-def gradients_of(engine: TrainEngine) -> dict[str, Tensor]:
-    """Whole gradients in Hugging Face names, from DDP's buffers; the engine is not usable afterwards.
-
-    Of a reference that follows the policy, the weights.
-    """
+def gradients_or_weights(engine: TrainEngine) -> dict[str, Tensor]:
+    """Of a reference that follows the policy, the weights."""
     engine.wake()
     if engine._optimizer is not None:
-        for parameter in engine._models[0].parameters():
-            parameter.copy_(parameter.main_grad)
+        return gradients_of(engine)
     return {name: tensor.clone() for name, tensor in engine.gathered()}
