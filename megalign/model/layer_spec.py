@@ -1,39 +1,45 @@
-"""Which modules a transformer layer is made of: plain torch ones, given to Megatron through its layer spec.
+"""Which modules a transformer layer is made of, chosen here only: Transformer Engine's, or plain torch ones.
 
 Megatron's own local spec refuses packed sequences, sequence and context parallelism; its norm and its
-attention are replaced here, and nothing else. Parameter names stay Megatron's.
+attention are replaced here, and nothing else. Checkpoints have the same names whichever spec wrote them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor, nn, ones
 
+from megalign import device
 from megalign.conversion.architecture import Architecture, LayerKind
+from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
+from megalign.model.extensions import has_transformer_engine
+from megalign.model.plain_layers import RMSNorm
+
+if TYPE_CHECKING:
+    from megalign.config import LoopConfig
+
+TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"  # Megatron's words
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) with the constructor that Megatron's layers call."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums this gradient over tensor ranks when each saw only its part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        # In fp32 and rounded before the weight, as transformers does: bf16 must not round twice.
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps).to(hidden.dtype)
-        return normed * self.weight
+def transformer_impl(args: LoopConfig) -> str:
+    """`args.transformer_impl`, with "auto" resolved: Transformer Engine where it is installed and there is a GPU."""
+    if args.transformer_impl == "auto":
+        return TRANSFORMER_ENGINE if has_transformer_engine() else LOCAL
+    if args.transformer_impl == TRANSFORMER_ENGINE and not has_transformer_engine():
+        missing = "a GPU, and torch sees none" if HAVE_TE else "Transformer Engine, which cannot be imported"
+        way_out = "run it on a GPU" if HAVE_TE else "install it (pip install --no-build-isolation transformer-engine)"
+        raise UserError(f"transformer_impl='transformer_engine' needs {missing}; {way_out}, or use 'local'")
+    return args.transformer_impl
 
 
 def layer_spec(
@@ -42,12 +48,25 @@ def layer_spec(
     """The layers of this pipeline stage, or of its chunk `vp_stage`."""
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    uses_te = config.transformer_impl == TRANSFORMER_ENGINE
+    layer = _transformer_engine_layer if uses_te else _local_layer
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(config, architecture.layer_kind(layer)) for layer in layers], layer_norm=RMSNorm
+        layer_specs=[layer(config, architecture.layer_kind(number)) for number in layers],
+        layer_norm=TENorm if uses_te else RMSNorm,
     )
 
 
-def _layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
+def _transformer_engine_layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
+    """As it is: its norms, fused attention, linears with the norm before them, and grouped experts."""
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if kind == "moe" else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+
+
+def _local_layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if kind == "moe" else None,
         normalization="RMSNorm",
@@ -55,8 +74,24 @@ def _layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer
+
+
+def fused_norms(config: TransformerConfig, kind: LayerKind) -> dict[str, str]:
+    """A plain layer's norms that Transformer Engine's spec fuses into the linear behind them: name -> its name there.
+
+    Upstream's own table renames the norm before a router as well, which Transformer Engine's spec leaves alone.
+    """
+    attention = "self_attention."
+    if not config.multi_latent_attention:
+        names = {"input_layernorm.": f"{attention}linear_qkv.layer_norm_"}
+    elif config.qk_layernorm:
+        names = {f"{attention}{part}_layernorm.": f"{attention}linear_{part}_up_proj.layer_norm_" for part in ("q", "kv")}
+    else:
+        names = {}
+    return names if kind == "moe" else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class ParallelGroups:
     ep: Axis  # who shares a layer's experts
     etp: Axis  # who shares an expert's matrices
     copy: Axis  # ranks that together hold the whole model, experts included, as few as there can be
+    token_unit: int = 1  # a multiple of it is what each rank computes on: FP8 products need it
 
     @property
     def is_dp_leader(self) -> bool:
@@ -58,8 +59,8 @@ class ParallelGroups:
 
     @property
     def token_multiple(self) -> int:
-        """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly."""
-        return self.tp.size * self.sequence_multiple
+        """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly, into units."""
+        return self.tp.size * math.lcm(self.sequence_multiple, self.cp.size * self.token_unit)
 
     @property
     def sequence_multiple(self) -> int:
@@ -76,6 +77,10 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
 
     The same layout again gives the same groups: each set costs dozens of connections and threads.
     """
+    return replace(_initialize(args, timeout_s), token_unit=args.token_unit)
+
+
+def _initialize(args: ParallelConfig, timeout_s: float) -> ParallelGroups:
     global _made
     megatron_patches.install()
     start_distributed(timeout_s)
