@@ -71,7 +71,9 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         moe_grouped_gemm=uses_te and architecture.moe is not None,
         **recomputation(args, architecture, implementation),
         **fp8(args, architecture, implementation, groups.tp.size),
-        gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te),
+        # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
+        # hook is another object.
+        gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
