@@ -20,6 +20,7 @@ from megalign.batch import Batch, Counts
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
+from tests.by_hand import packed
 from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import load_reference, save_tiny_model
@@ -68,26 +69,16 @@ def _reference_logprobs(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def microbatch(ids: list[int], logprobs: dict[int, Tensor], groups: ParallelGroups) -> Batch:
-    lengths = [-(-sum(ROWS[i]) // groups.sequence_multiple) * groups.sequence_multiple for i in ids]
-    tail = -sum(lengths) % groups.token_multiple
-
-    def column(parts: list[Tensor]) -> Tensor:
-        padded = [
-            torch.cat([part, part.new_zeros(size - len(part))]) for part, size in zip(parts, lengths, strict=True)
-        ]
-        return torch.cat([*padded, parts[0].new_zeros(tail)])
-
-    return Batch(
-        tokens=column([tokens(i) for i in ids]),
-        cu_seqlens=torch.tensor([0, *lengths, *([tail] if tail else [])]).cumsum(0).int(),
-        num_sequences=len(ids),
-        token_columns={
-            "loss_mask": column([torch.arange(sum(ROWS[i])) >= ROWS[i][0] for i in ids]),
-            "old_logprobs": column([logprobs[i] + noise(i, 1) for i in ids]),
-            "ref_logprobs": column([logprobs[i] + noise(i, 2) for i in ids]),
-        },
-        sequence_columns={"advantages": torch.tensor([advantage(i) for i in ids])},
-    )
+    parts = [
+        {
+            "tokens": tokens(i),
+            "loss_mask": torch.arange(sum(ROWS[i])) >= ROWS[i][0],
+            "old_logprobs": logprobs[i] + noise(i, 1),
+            "ref_logprobs": logprobs[i] + noise(i, 2),
+        }
+        for i in ids
+    ]
+    return packed(parts, groups, advantages=torch.tensor([advantage(i) for i in ids]))
 
 
 def loss_of(name: str) -> Any:

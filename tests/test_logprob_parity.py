@@ -9,6 +9,7 @@ import torch
 
 from megalign.batch import Batch
 from megalign.parallel.groups import ParallelGroups
+from tests.by_hand import packed, unpacked
 from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, load_reference, save_tiny_model
@@ -25,45 +26,20 @@ def temperatures() -> torch.Tensor:
     return torch.tensor([1.0, 0.7, 1.3, 1.0, 0.5, 2.0])
 
 
-def pack(ids: list[int], groups: ParallelGroups) -> Batch:
-    """By hand, so that this test does not lean on the collator it should check."""
-    parts = [padded(sequences()[i], groups.sequence_multiple) for i in ids]
-    total = sum(len(part) for part in parts)
-    tail = -total % groups.token_multiple
-    lengths = [len(part) for part in parts] + ([tail] if tail else [])
-    real = [
-        (torch.arange(len(part)) > 0) & (torch.arange(len(part)) < LENGTHS[i])
-        for i, part in zip(ids, parts, strict=True)
-    ]
-    mask = torch.cat([*real, torch.zeros(tail, dtype=torch.bool)])
-    return Batch(
-        tokens=torch.cat([*parts, torch.zeros(tail, dtype=torch.int64)]),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        num_sequences=len(ids),
-        token_columns={"loss_mask": mask},
-        sequence_columns={"temperature": temperatures()[ids]},
-    )
-
-
-def padded(part: torch.Tensor, multiple: int) -> torch.Tensor:
-    """With tokens behind it that nothing may depend on."""
-    return torch.cat([part, torch.full((-len(part) % multiple,), 7)])
-
-
-def split(batch: Batch, column: torch.Tensor, ids: list[int]) -> dict[int, torch.Tensor]:
-    pieces = column.split(batch.cu_seqlens.diff().tolist())
-    return {i: piece[: LENGTHS[i]] for i, piece in zip(ids, pieces, strict=False)}
+def batch(ids: list[int], groups: ParallelGroups) -> Batch:
+    parts = [{"tokens": sequences()[i], "loss_mask": torch.arange(LENGTHS[i]) > 0} for i in ids]
+    return packed(parts, groups, temperature=temperatures()[ids])
 
 
 def engine_logprobs(path: str, layout: Layout, microbatches: list[list[int]]) -> dict[int, torch.Tensor]:
     engine = make_engine(path, layout, trainable=False)
     dp = engine.groups.dp
     mine = microbatches[dp.rank :: dp.size]
-    batches = [pack(ids, engine.groups) for ids in mine]
+    batches = [batch(ids, engine.groups) for ids in mine]
     columns = engine.forward(batches, ("logprobs",))
     found: dict[int, torch.Tensor] = {}
-    for ids, batch, column in zip(mine, batches, columns, strict=True):
-        found.update(split(batch, column["logprobs"], ids))
+    for ids, made, column in zip(mine, batches, columns, strict=True):
+        found.update(zip(ids, unpacked(made, column["logprobs"], [LENGTHS[i] for i in ids]), strict=True))
     return found
 
 

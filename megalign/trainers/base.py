@@ -90,7 +90,7 @@ class Trainer:
         callbacks = arguments.check_callbacks(callbacks)
         arguments.check_processing_class(processing_class)
         self.architecture = architecture_of(read_config(self.model_path))
-        check_layout(self.architecture, self.groups)
+        check_layout(self.architecture, args, self.groups)
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)
