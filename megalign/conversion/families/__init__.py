@@ -1,4 +1,4 @@
-"""The family table. A family is a module with HF_ARCHITECTURE, read_config and rules."""
+"""The family table. A family is a module with HF_ARCHITECTURE, read_config and rules; HF_CLASSIFIER where it is odd."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from types import ModuleType
 from typing import Any
 
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import llama, qwen2, qwen3
+from megalign.conversion.families import gemma2, gemma3_text, glm4, llama, mistral, phi3, qwen2, qwen3
 from megalign.conversion.rules import Copy, Rule
 from megalign.errors import UserError
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "glm4": glm4,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+}
 """By model_type, which is also Architecture.family."""
 HEAD = "output_layer.weight"
 SCORE_HEAD = "score.weight"
@@ -22,18 +31,23 @@ _LANGUAGE_MODEL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 def family_of(config: Mapping[str, Any]) -> ModuleType:
     """The family of a config.json's content, whichever head it has."""
     by_architecture = {family.HF_ARCHITECTURE: family for family in FAMILIES.values()}
+    by_classifier = {_classifier_of(family): family for family in FAMILIES.values()}
     # A config that was never saved with a model has no architecture; its type then says what it is.
     if config.get("architectures"):
-        name, table = config["architectures"][0], by_architecture
+        name, table = config["architectures"][0], by_architecture | by_classifier
     else:
         name, table = config.get("model_type"), FAMILIES
-    decoder = name.replace(_CLASSIFIER, _LANGUAGE_MODEL) if isinstance(name, str) else name
-    if decoder not in table:
+    if name not in table:
         raise UserError(
             f"architecture {name!r} is not supported; megalign has {', '.join(by_architecture)} and their "
             f"{_CLASSIFIER} (see config.json's 'architectures')"
         )
-    return table[decoder]
+    return table[name]
+
+
+def _classifier_of(family: ModuleType) -> str:
+    name = family.HF_ARCHITECTURE.replace(_LANGUAGE_MODEL, _CLASSIFIER)
+    return getattr(family, "HF_CLASSIFIER", name)
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -71,7 +85,7 @@ def rules_of(architecture: Architecture) -> list[Rule]:
 def classifier_config(config: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
     """What a config.json says otherwise once the model has a score head of one output."""
     changes: dict[str, Any] = {
-        "architectures": [family_of(config).HF_ARCHITECTURE.replace(_LANGUAGE_MODEL, _CLASSIFIER)],
+        "architectures": [_classifier_of(family_of(config))],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
