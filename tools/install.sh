@@ -69,13 +69,14 @@ if [[ ${2:-} == --test ]] && ! is_current "$platform-test" "$test_pins" "$pins";
     checksum "$test_pins" "$pins" > ".venv/.$platform-test"
 fi
 
-# A directory for PYTHONPATH, as .venv's own Megatron-Core stays the pinned one. pip needs the other Python's version
-# to take it, and binaries alone with that.
+# A directory for PYTHONPATH, as .venv's own Megatron-Core stays the pinned one. pip takes a wheel of another Python's
+# when it is told that version, binaries alone, and not to look at this Python's.
 if [[ ${2:-} == --test ]] && ! is_current megatron-newest "$megatron_pins"; then
     echo "megalign: installing $megatron_pins"
     target=.venv/megatron-$(sed -n 's/^megatron-core==//p' "$megatron_pins")
     rm -rf .venv/megatron-*
-    install -r "$megatron_pins" --target "$target" --python-version 3.12 --only-binary :all: ||
+    other_python=(--python-version 3.12 --only-binary :all: --ignore-requires-python)
+    install -r "$megatron_pins" --target "$target" "${other_python[@]}" ||
         fail "installing $megatron_pins failed: pip's own message is above"
     checksum "$megatron_pins" > .venv/.megatron-newest
 fi
