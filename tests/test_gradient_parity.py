@@ -25,6 +25,8 @@ from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, gradients_of, 
 from tests.ranks import run_ranks
 from tests.tiny import load_reference, save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 # (prompt, completion) lengths; microbatches of uneven token counts, the third without any loss token.
 ROWS = [(3, 6), (5, 2), (2, 15), (4, 1), (6, 0), (3, 0), (2, 9), (7, 4)]
 MICROBATCHES = [[0, 1], [2, 3], [4, 5], [6, 7]]

@@ -14,6 +14,8 @@ from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, load_reference, save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 LENGTHS = [9, 1, 17, 4, 23, 6]
 
 

@@ -23,6 +23,8 @@ from tests.layouts import LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, save_tiny_classifier, save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 LENGTHS = [7, 2, 12, 5]
 
 

@@ -17,6 +17,8 @@ from tests.layouts import LAYOUTS, ONE_RANK, Layout, arguments, groups_of, make_
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 
 def batch(seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
