@@ -101,3 +101,15 @@ def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, cha
 def load_reference(path: str) -> torch.nn.Module:
     """The same model in transformers, fp32, plain attention."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+class TinyModels(dict[str, str]):
+    """Family -> directory of its tiny model, written when it is first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+
+    def __missing__(self, family: str) -> str:
+        self[family] = save_tiny_model(family, self._directory / family)
+        return self[family]
