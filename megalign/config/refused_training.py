@@ -57,7 +57,6 @@ TRAINING: Mapping[str, Refusal] = (
             "recompute_granularity",
             (None, {}, {"use_reentrant": False}, {"use_reentrant": True}),
         ),
-        "activation_offloading": Refusal(NOT_BUILT, "gradient_checkpointing", (False,)),
         "torch_compile": Refusal("Megatron's layers are not compiled", "bf16", (False,)),
         "torch_compile_backend": Refusal("Megatron's layers are not compiled", "bf16", (None,)),
         "torch_compile_mode": Refusal("Megatron's layers are not compiled", "bf16", (None,)),
@@ -105,17 +104,10 @@ TRAINING: Mapping[str, Refusal] = (
         "ddp_static_graph": Refusal("Megatron's DDP has no such mode", "use_distributed_optimizer", (None, False)),
         "ddp_backend": Refusal("NCCL on CUDA, gloo on CPU", "ddp_timeout", (None,)),
         "local_rank": Refusal("torchrun or Slurm gives it to each process", "tensor_model_parallel_size", (-1,)),
-        "overlap_grad_reduce": Refusal(NOT_BUILT, "use_distributed_optimizer", (False,)),
-        "overlap_param_gather": Refusal(NOT_BUILT, "use_distributed_optimizer", (False,)),
-        "tp_comm_overlap": Refusal("it needs Transformer Engine", "tensor_model_parallel_size", (False,)),
-        "recompute_method": Refusal(
-            "full recomputation is uniform, layer by layer", "recompute_granularity", (None, "uniform")
+        "tp_comm_overlap": Refusal(
+            "its buffers hold one fixed number of tokens, and packed batches differ", "sequence_parallel", (False,)
         ),
-        "recompute_num_layers": Refusal(
-            "full recomputation is uniform, layer by layer", "recompute_granularity", (None, 1)
-        ),
-        "recompute_modules": Refusal("selective recomputes the core attention", "recompute_granularity", (None,)),
-        "fp8": Refusal(NOT_BUILT, "bf16", (None, False)),
+        "fp8_param_gather": Refusal("weights stay in bfloat16", "fp8", (False,)),
         "fp4": Refusal(NOT_BUILT, "bf16", (None, False)),
         # data
         "dataset_streaming": Refusal("its name is streaming", "streaming", (False,)),

@@ -73,6 +73,8 @@ class Architecture:
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys."""
     tied_embeddings: bool = False
+    head_bias: bool = False
+    """A bias on the language model's head."""
     pad_token_id: int | None = None
     """The token whose embedding gets no gradient as an input; transformers gives its embedding this padding_idx."""
     num_labels: int | None = None
@@ -124,4 +126,4 @@ class Architecture:
 
     def with_score_head(self) -> Architecture:
         """The same decoder with a head of one output: a reward model or a critic."""
-        return replace(self, num_labels=1, tied_embeddings=False)
+        return replace(self, num_labels=1, tied_embeddings=False, head_bias=False)

@@ -11,6 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
+from megalign.model.extensions import fuses_gradient_accumulation
+from megalign.model.fp8 import fp8
+from megalign.model.layer_spec import TRANSFORMER_ENGINE, transformer_impl
+from megalign.model.recomputation import recomputation
 from megalign.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
@@ -24,8 +28,8 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
     """Megatron's configuration of the model at this layout; UserError where sizes do not divide."""
     check_layout(architecture, args, groups)
     dtype = PARAMS_DTYPES[args.params_dtype_name]
-    granularity = (args.recompute_granularity or "selective") if args.gradient_checkpointing else None
-    recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if granularity == "full" else {}
+    implementation = transformer_impl(args, architecture)
+    uses_te = implementation == TRANSFORMER_ENGINE
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -65,10 +69,14 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        recompute_granularity=granularity,
-        **recompute,
+        transformer_impl=implementation,
+        moe_grouped_gemm=uses_te and architecture.moe is not None,
+        **recomputation(args, architecture, implementation),
+        **fp8(args, architecture, implementation, groups.tp.size),
+        # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
+        # hook is another object.
+        gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
-        gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -43,10 +43,15 @@ class PackedSequences(PackedSeqParams):
         lengths = tuple(batch.cu_seqlens.diff().tolist())
         longest = max(lengths)
         order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
+        # Transformer Engine's context parallelism asks for them; without it they would only cost it a comparison on
+        # the device in each layer. A tail that pads T is a sequence of its own, so both are the same.
+        padded = batch.cu_seqlens if cp.size > 1 else None
         return cls(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=lengths,

@@ -39,7 +39,7 @@ def language_model_columns(
     rows = (following < batch.num_tokens).logical_and_(mask[following.clamp(max=batch.num_tokens - 1)]).nonzero()[:, 0]
     targets = following[rows]
     scores = vocab.token_scores(
-        hidden[:, 0].index_select(0, rows),
+        hidden[:, 0].index_select(0, rows).to(model.head_weight.dtype),
         model.head_weight,
         batch.tokens[targets],
         temperature=batch.per_token(batch["temperature"])[targets] if "temperature" in batch else None,

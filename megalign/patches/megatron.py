@@ -73,6 +73,7 @@ def install() -> None:
     _installed = True
     _repair_optimizer_checkpoints()
     _save_without_helper_process()
+    _recompute_without_transformer_engine()
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
@@ -221,3 +222,19 @@ def _save_without_helper_process() -> None:
     name = "get_write_results_queue"
     name = name if hasattr(filesystem_async, name) else f"_{name}"
     _replace(filesystem_async, name, lambda *args: results)
+
+
+def _recompute_without_transformer_engine() -> None:
+    """tensor_parallel/random.py:636 takes fp8=False, its default, for FP8 and asks Transformer Engine, here or not.
+
+    It is what recomputes norms. Goes when upstream tests the value.
+    """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    initialize = CheckpointWithoutOutput.__init__
+
+    @functools.wraps(initialize)
+    def initialize_by_value(self: Any, fp8: Any = None, *args: Any, **kwargs: Any) -> None:
+        initialize(self, fp8 or None, *args, **kwargs)
+
+    CheckpointWithoutOutput.__init__ = initialize_by_value

@@ -192,6 +192,7 @@ class Trainer:
         self.plan = plan_steps(self.args, self.micro_steps_per_epoch(), self.max_steps())
         self.learning_rate = LearningRate(self.args, self.plan.max_steps)
         self.run.begin(self.plan)
+        self.run.note(self.policy.made_of)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resume(resume_from_checkpoint)

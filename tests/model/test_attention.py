@@ -58,6 +58,6 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, block: int, windo
     (found * seed).sum().backward()
     (wanted * seed).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, other.grad)
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)  # the softmax is fp32
     with torch.no_grad():
         torch.testing.assert_close(module(*ours, None, packed_seq_params=packed()), wanted)
