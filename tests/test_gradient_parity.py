@@ -95,9 +95,11 @@ def global_counts() -> Counts:
 # ---- on the ranks -------------------------------------------------------------------------------------------
 
 
-def gradients(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
+def gradients(
+    path: str, layout: Layout, name: str, logprobs: dict[int, Tensor], fields: dict[str, Any]
+) -> dict[str, Any]:
     """Loss and whole gradients, in Hugging Face names, read through the exporter from DDP's buffers."""
-    engine = make_engine(path, layout, use_distributed_optimizer=False)
+    engine = make_engine(path, layout, use_distributed_optimizer=False, **fields)
     groups = engine.groups
     batches = [microbatch(ids, logprobs, groups) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]]
     counts = reduce_counts(batches, groups)
@@ -191,11 +193,11 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return save_tiny_model(request.param, path)
 
 
-def check_gradients(path: str, layout: Layout, name: str) -> None:
+def check_gradients(path: str, layout: Layout, name: str, **fields: Any) -> None:
     logprobs = recorded(path)
     loss, wanted = reference_gradients(path, name, logprobs)
     scale = max(abs(loss), sum(abs(advantage(i)) for i in range(len(ROWS))) / len(ROWS)) if name != "sft" else abs(loss)
-    for rank in run_ranks(layout.world, gradients, path, layout, name, logprobs):
+    for rank in run_ranks(layout.world, gradients, path, layout, name, logprobs, fields):
         assert abs(rank["metrics"]["loss"] - loss) <= 1e-4 * scale
         assert sorted(rank["gradients"]) == sorted(wanted)
         worst = max((relative(rank["gradients"][key], wanted[key]), key) for key in wanted)
@@ -206,6 +208,18 @@ def check_gradients(path: str, layout: Layout, name: str) -> None:
 @pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
 def test_every_gradient_equals_plain_autograd(model_path: str, layout: Layout, name: str) -> None:
     check_gradients(model_path, layout, name)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("family", ["mistral", "phi3", "glm4", "gemma2", "gemma3_text"])
+def test_every_gradient_of_families_with_parts_of_their_own(tmp_path: Path, family: str, layout: Layout) -> None:
+    check_gradients(save_tiny_model(family, tmp_path), layout, "dapo")
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_norms_behind_the_parts_windows_and_caps_are_recomputed(tmp_path: Path, granularity: str) -> None:
+    recompute = {"gradient_checkpointing": True, "recompute_granularity": granularity}
+    check_gradients(save_tiny_model("gemma2", tmp_path), Layout(tp=2, sp=True), "sft", **recompute)
 
 
 @pytest.mark.ranks8

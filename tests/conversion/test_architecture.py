@@ -89,6 +89,14 @@ def test_rope_of_transformers_5_and_of_older_configs_are_one() -> None:
     assert linear.rope_scaling == {"rope_type": "linear", "factor": 4.0} and linear.rotary_base == 5e5
 
 
+def gemma2_defaults() -> set[str]:
+    """What its config.json may leave out."""
+    return {
+        "head_dim", "query_pre_attn_scalar", "sliding_window", "tie_word_embeddings", "hidden_activation",
+        "attn_logit_softcapping", "final_logit_softcapping",
+    }  # fmt: skip
+
+
 def test_absent_optional_keys_mean_what_transformers_means() -> None:
     config = config_of("llama")
     for key in ("head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_parameters", "architectures"):
@@ -99,6 +107,15 @@ def test_absent_optional_keys_mean_what_transformers_means() -> None:
     qwen3 = config_of("qwen3")
     del qwen3["head_dim"]
     assert architecture_of(qwen3).head_dim == 128
+    for family, wanted in {"llama": None, "phi3": 32000, "glm4": 151329, "gemma2": 0, "gemma3_text": 0}.items():
+        without = config_of(family, vocab_size=200_000)
+        del without["pad_token_id"]
+        assert architecture_of(without).pad_token_id == wanted == type(CONFIGS[family]())().pad_token_id
+        assert architecture_of(config_of(family, pad_token_id=None)).pad_token_id is None
+    gemma = {key: value for key, value in config_of("gemma2").items() if key not in gemma2_defaults()}
+    read = architecture_of(gemma)
+    assert (read.head_dim, read.softmax_scale, read.sliding_window, read.tied_embeddings) == (256, 1 / 16, 4096, True)
+    assert (read.attention_softcap, read.logit_softcap, read.activation) == (50.0, 30.0, "gelu_tanh")
 
 
 @pytest.mark.parametrize(

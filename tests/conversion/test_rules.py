@@ -24,10 +24,7 @@ def model_and_architecture(family: str, **changes: object) -> tuple[dict[str, Te
     """A random model's state dict and its Architecture, read from the config that transformers would save."""
     config = CONFIGS[family]()
     if family == "phi3":  # whose rope's factors are as many as a head's dims ask for
-        changes = {
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
-            **changes,
-        }
+        changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **changes}
     for name, value in {**HEADS, **changes}.items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -139,14 +136,12 @@ def test_rows_of_fused_tensors_go_where_those_of_single_ones_do_by_hand() -> Non
     # One tensor of q0 q1 q2 q3 k0 k1 v0 v1, and one of the gates 0 to 3 and the ups 0 to 3.
     found = {rule.megatron.rpartition(".")[0]: rule for rule in rules_of(small(family="phi3"))}
     rule, place = found["decoder.layers.*.self_attention.linear_qkv"], {"indices": (0,), "tp_size": 2}
-    state = {
-        "model.layers.0.self_attn.qkv_proj.weight": torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])[:, None].expand(8, 3)
-    }
+    rows = torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])
+    state = {"model.layers.0.self_attn.qkv_proj.weight": rows[:, None].expand(8, 3)}
     halves = [load_shard(rule, state, small(), tp_rank=rank, **place)[:, 0].tolist() for rank in range(2)]
     assert halves == [[0, 1, 10, 20], [2, 3, 11, 21]]
-    state = {
-        "model.layers.0.mlp.gate_up_proj.weight": torch.tensor([0.0, 1, 2, 3, 10, 11, 12, 13])[:, None].expand(8, 3)
-    }
+    rows = torch.tensor([0.0, 1, 2, 3, 10, 11, 12, 13])
+    state = {"model.layers.0.mlp.gate_up_proj.weight": rows[:, None].expand(8, 3)}
     rule = found["decoder.layers.*.mlp.linear_fc1"]
     halves = [load_shard(rule, state, small(), tp_rank=rank, **place)[:, 0].tolist() for rank in range(2)]
     assert halves == [[0, 1, 10, 11], [2, 3, 12, 13]]

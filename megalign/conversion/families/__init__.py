@@ -1,4 +1,4 @@
-"""The family table. A family is a module with HF_ARCHITECTURE, read_config and rules; HF_CLASSIFIER where it is odd."""
+"""The family table. A family is a module with HF_ARCHITECTURE, read_config and rules."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ FAMILIES: dict[str, ModuleType] = {
 HEAD = "output_layer.weight"
 SCORE_HEAD = "score.weight"
 _LANGUAGE_MODEL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+_ODD_CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}  # the plain name is multimodal
 
 
 def family_of(config: Mapping[str, Any]) -> ModuleType:
@@ -46,8 +47,8 @@ def family_of(config: Mapping[str, Any]) -> ModuleType:
 
 
 def _classifier_of(family: ModuleType) -> str:
-    name = family.HF_ARCHITECTURE.replace(_LANGUAGE_MODEL, _CLASSIFIER)
-    return getattr(family, "HF_CLASSIFIER", name)
+    name = family.HF_ARCHITECTURE
+    return _ODD_CLASSIFIERS.get(name, name.replace(_LANGUAGE_MODEL, _CLASSIFIER))
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -58,9 +59,10 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Reads the content of a config.json; what megalign does not compute is refused by name."""
     architecture = family_of(config).read_config(config)
-    pad = config.get("pad_token_id")
-    if pad is not None:  # as torch counts: -1 is the last row
-        architecture = replace(architecture, pad_token_id=pad % architecture.vocab_size)
+    if "pad_token_id" in config:  # else the family's
+        pad = config["pad_token_id"]
+        # As torch counts: -1 is the last row.
+        architecture = replace(architecture, pad_token_id=None if pad is None else pad % architecture.vocab_size)
     if not is_classifier(config):
         return architecture
     # transformers' own default is 2; it writes the names of the labels and not their number.

@@ -43,6 +43,7 @@ def read_gemma(config: Mapping[str, Any], layer_types: list[str]) -> Architectur
         llama.read_config({**config, "hidden_act": "silu"}),  # an older name, which is not read
         activation="gelu_tanh",
         zero_centered_norms=True,
+        pad_token_id=0,
         sandwich_norms=True,
         embedding_scale=config["hidden_size"] ** 0.5,
         softmax_scale=config["query_pre_attn_scalar"] ** -0.5,

@@ -16,7 +16,6 @@ from megalign.conversion.sliding import FULL, SLIDING
 from megalign.errors import UserError
 
 HF_ARCHITECTURE = "Gemma3ForCausalLM"
-HF_CLASSIFIER = "Gemma3TextForSequenceClassification"
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:

@@ -27,6 +27,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         rotary_percent=rotary_percent,
         rotary_interleaved=True,
         sandwich_norms=True,
+        pad_token_id=151329,
     )
 
 

@@ -19,16 +19,20 @@ from megalign.conversion.sliding import all_sliding
 from megalign.errors import UserError
 
 HF_ARCHITECTURE = "Phi3ForCausalLM"
-_NO_DROPOUT = ("resid_pdrop",)  # embd_pdrop is read by nobody
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The content of a config.json -> Architecture."""
-    for key in _NO_DROPOUT:
-        if config.get(key):
-            raise UserError(f"config.json's {key}={config[key]!r} is not supported; only 0.0 is")
+    if config.get("resid_pdrop"):
+        raise UserError(f"config.json's resid_pdrop={config['resid_pdrop']!r} is not supported; only 0.0 is")
     config, rotary_percent = without_partial_rotary(_with_longrope_name(config), 1.0)
-    read = replace(llama.read_config(config), family="phi3", rotary_percent=rotary_percent, **all_sliding(config))
+    read = replace(
+        llama.read_config(config),
+        family="phi3",
+        rotary_percent=rotary_percent,
+        pad_token_id=32000,
+        **all_sliding(config),
+    )
     for name in ("short_factor", "long_factor"):
         factors = (read.rope_scaling or {}).get(name, ())
         if factors and len(factors) != read.rotary_dim // 2:
