@@ -229,7 +229,7 @@ class TrainEngine:
     def _stage(self, model: nn.Module, batch: Batch) -> Tensor:
         packed = PackedSequences.of(batch, self.groups.cp)
         tokens = packed.local(batch.tokens)[None]
-        positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope reads cu_seqlens instead
+        positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope takes them from `packed`
         with self._offloaded(model) if self._args.activation_offloading else nullcontext():
             return model(tokens, positions, None, packed_seq_params=packed)
 
@@ -242,10 +242,12 @@ class TrainEngine:
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         # The head is no module that is called, so nothing has waited for its weight yet.
         overlap.finish_gather(self._chunks[-1:], self._args)
-        model = self._models[-1]
-        if self.architecture.num_labels is not None:
+        model, shape = self._models[-1], self.architecture
+        if shape.num_labels is not None:
             return score_columns(model, hidden, batch, self.groups)
-        return language_model_columns(model, hidden, batch, self.groups, self.architecture.vocab_size, self._extras)
+        return language_model_columns(
+            model, hidden, batch, self.groups, shape.vocab_size, self._extras, shape.logit_softcap
+        )
 
 
 def _architecture(model_path: str, score_head: bool) -> Architecture:

@@ -75,7 +75,7 @@ TRAINING: Mapping[str, Refusal] = (
         "use_cpu": Refusal(_DEVICE, "bf16", (False,)),
         # model
         "trust_remote_code": Refusal(
-            "no code from a checkpoint is run; llama, qwen2 and qwen3 are built in",
+            "no code from a checkpoint is run; the supported families are built in",
             "model_name_or_path",
             (False,),
         ),

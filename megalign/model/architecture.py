@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
@@ -22,13 +21,14 @@ if TYPE_CHECKING:
     from megalign.config import LoopConfig
 
 PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> TransformerConfig:
     """Megatron's configuration of the model at this layout; UserError where sizes do not divide."""
     check_layout(architecture, args, groups)
     dtype = PARAMS_DTYPES[args.params_dtype_name]
-    implementation = transformer_impl(args)
+    implementation = transformer_impl(args, architecture)
     uses_te = implementation == TRANSFORMER_ENGINE
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -40,7 +40,9 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         layernorm_epsilon=architecture.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[architecture.activation],
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        softmax_scale=architecture.softmax_scale,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
@@ -145,23 +147,3 @@ def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
             f"the experts' intermediate size {architecture.moe.ffn_hidden_size} is not divisible by "
             f"expert_tensor_parallel_size {etp}; use a smaller one"
         )
-
-
-def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """[head_dim / 2] float32 rotary frequencies, Llama 3's and linear scaling as transformers computes them."""
-    dim = architecture.head_dim
-    frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-    scaling = architecture.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    assert scaling["rope_type"] == "llama3", scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / frequencies
-    smooth = (original / wavelength - low) / (high - low)
-    scaled = torch.where(wavelength > original / low, frequencies / scaling["factor"], frequencies)
-    smoothed = (1 - smooth) * scaled / scaling["factor"] + smooth * scaled
-    between = (wavelength >= original / high) & (wavelength <= original / low)
-    return torch.where(between, smoothed, scaled)

@@ -10,11 +10,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from torch import Tensor, empty, nn, where
+from torch import Tensor, empty, nn, tensor, where
 
 from megalign import device
 from megalign.conversion.architecture import Architecture
-from megalign.model.architecture import inverse_frequencies, transformer_config
+from megalign.model.architecture import transformer_config
 from megalign.model.layer_spec import layer_spec
 from megalign.parallel.groups import Axis, ParallelGroups
 from megalign.patches.megatron import megatron_calls
@@ -82,8 +82,7 @@ def _build_chunk(
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=is_first,
             post_process=is_last,
-            position_embedding_type="rope",
-            rotary_base=architecture.rotary_base,
+            position_embedding_type="none",  # our attention rotates, see model.rotary
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             vp_stage=vp_stage,
         )
@@ -92,6 +91,8 @@ def _build_chunk(
         if architecture.head_bias and is_last:
             _add_head_bias(model, architecture.padded_vocab_size(groups.tp.size) // groups.tp.size)
         model.to(device.device())
+        if architecture.embedding_scale is not None and is_first:
+            model.embedding.word_embeddings.register_forward_hook(_scaled_by(architecture.embedding_scale))
         if architecture.pad_token_id is not None and is_first:
             model.embedding.word_embeddings.register_forward_hook(
                 _without_gradient_of(architecture.pad_token_id, groups.tp if config.sequence_parallel else None)
@@ -99,9 +100,18 @@ def _build_chunk(
     if head_in_fp32:
         _keep_head_in_fp32(model)
     _mark_tensor_parallel(model)
-    # Megatron's own scaling knows one set of Llama 3 constants only.
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture).to(device.device())
+    for layer in model.decoder.layers:
+        assert hasattr(layer.self_attention.core_attention, "rotary"), "Megatron rotates nothing: its attention must"
     return model
+
+
+def _scaled_by(scale: float) -> Callable[..., Tensor]:
+    """A forward hook of the embedding. The scale is rounded to the embeddings' dtype, as in Gemma's training."""
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+        return embedded * tensor(scale, dtype=embedded.dtype, device=embedded.device)
+
+    return hook
 
 
 def _add_head_bias(model: HiddenStatesModel, rows: int) -> None:

@@ -6,7 +6,8 @@ attention are replaced here, and nothing else. Checkpoints have the same names w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -18,12 +19,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megalign import device
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
 from megalign.model.extensions import has_transformer_engine
-from megalign.model.plain_layers import RMSNorm
+from megalign.model.norms import NormedRowParallelLinear, RMSNorm
+from megalign.model.rotary import Rotary
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
@@ -31,15 +32,31 @@ if TYPE_CHECKING:
 TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"  # Megatron's words
 
 
-def transformer_impl(args: LoopConfig) -> str:
-    """`args.transformer_impl`, with "auto" resolved: Transformer Engine where it is installed and there is a GPU."""
+def transformer_impl(args: LoopConfig, architecture: Architecture) -> str:
+    """`args.transformer_impl`, "auto" resolved: Transformer Engine on a GPU, where it has what the model needs."""
+    lacks = _not_in_transformer_engine(architecture)
     if args.transformer_impl == "auto":
-        return TRANSFORMER_ENGINE if has_transformer_engine() else LOCAL
+        return TRANSFORMER_ENGINE if has_transformer_engine() and not lacks else LOCAL
+    if args.transformer_impl == TRANSFORMER_ENGINE and lacks:
+        raise UserError(
+            f"transformer_impl='transformer_engine' has no {' and no '.join(lacks)}, which {architecture.family} "
+            "needs; use 'local' or 'auto'"
+        )
     if args.transformer_impl == TRANSFORMER_ENGINE and not has_transformer_engine():
         missing = "a GPU, and torch sees none" if HAVE_TE else "Transformer Engine, which cannot be imported"
         way_out = "run it on a GPU" if HAVE_TE else "install it (pip install --no-build-isolation transformer-engine)"
         raise UserError(f"transformer_impl='transformer_engine' needs {missing}; {way_out}, or use 'local'")
     return args.transformer_impl
+
+
+def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
+    """What the model needs and only the plain layers have."""
+    needs = {
+        "sliding window that differs by layer": architecture.sliding_layers,
+        "cap on attention scores": architecture.attention_softcap,
+        "norm behind attention and feed-forward part": architecture.sandwich_norms,
+    }
+    return [name for name, needed in needs.items() if needed]
 
 
 def layer_spec(
@@ -51,22 +68,29 @@ def layer_spec(
     uses_te = config.transformer_impl == TRANSFORMER_ENGINE
     layer = _transformer_engine_layer if uses_te else _local_layer
     return TransformerBlockSubmodules(
-        layer_specs=[layer(config, architecture.layer_kind(number)) for number in layers],
+        layer_specs=[layer(config, architecture, number) for number in layers],
         layer_norm=TENorm if uses_te else RMSNorm,
     )
 
 
-def _transformer_engine_layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
-    """As it is: its norms, fused attention, linears with the norm before them, and grouped experts."""
-    return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts if kind == "moe" else None,
+def _transformer_engine_layer(config: TransformerConfig, architecture: Architecture, number: int) -> ModuleSpec:
+    """Its norms, fused attention, linears with the norm before them, and grouped experts; the (global) layer."""
+    from megalign.model.te_attention import RotatedAttention  # exists only where Transformer Engine does
+
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if architecture.layer_kind(number) == "moe" else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
+    return layer
 
 
-def _local_layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, architecture: Architecture, number: int) -> ModuleSpec:
+    """The (global) layer `number`."""
+    kind = architecture.layer_kind(number)
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if kind == "moe" else None,
         normalization="RMSNorm",
@@ -76,10 +100,22 @@ def _local_layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = partial(
+        PackedAttention,
+        rotary=Rotary.of(architecture, number),
+        window=architecture.window(number),
+        softcap=architecture.attention_softcap,
+    )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if architecture.sandwich_norms:
+        attention.linear_proj = _submodules(parts.mlp).linear_fc2 = NormedRowParallelLinear
     return layer
+
+
+def _submodules(spec: Any) -> Any:
+    """The parts of a module, which 0.19 describes by a partial and 0.16 by a ModuleSpec."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def fused_norms(config: TransformerConfig, kind: LayerKind) -> dict[str, str]:
@@ -91,7 +127,9 @@ def fused_norms(config: TransformerConfig, kind: LayerKind) -> dict[str, str]:
     if not config.multi_latent_attention:
         names = {"input_layernorm.": f"{attention}linear_qkv.layer_norm_"}
     elif config.qk_layernorm:
-        names = {f"{attention}{part}_layernorm.": f"{attention}linear_{part}_up_proj.layer_norm_" for part in ("q", "kv")}
+        names = {
+            f"{attention}{part}_layernorm.": f"{attention}linear_{part}_up_proj.layer_norm_" for part in ("q", "kv")
+        }
     else:
         names = {}
     return names if kind == "moe" else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

@@ -36,7 +36,9 @@ def load_hf(
     expected = hf_shapes(rules_of(architecture), architecture)
     new = _new_head(expected.pop(SCORE_HEAD), reader.config, seed) if has_new_head else None
     # A tied head may be in the file as a second copy of the embedding; a score head takes any other's place.
-    reader.check(expected, ignored={"lm_head.weight", "lm_head.bias"} if architecture.tied_embeddings or has_new_head else set())
+    reader.check(
+        expected, ignored={"lm_head.weight", "lm_head.bias"} if architecture.tied_embeddings or has_new_head else set()
+    )
     for _, tensor, pieces in local_tensors(chunks, groups, architecture).values():
         if sum(torch.Size(piece.shape).numel() for piece in pieces) < tensor.numel():
             tensor.zero_()  # the pad rows of the vocabulary
