@@ -17,6 +17,8 @@ from megalign.patches.megatron import megatron_calls
 
 def save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> None:
     """Writes the state of all ranks into `path`; collective. With an optimizer `chunks` are DDP-wrapped."""
+    if optimizer is not None:
+        adam_states(optimizer)  # before the first step there would be none to write
     if dist.get_rank() == 0:
         os.makedirs(path, exist_ok=True)
     dist.barrier()

@@ -72,6 +72,7 @@ def install() -> None:
         return
     _installed = True
     _repair_optimizer_checkpoints()
+    _number_parameters_of_two_dtypes()
     _save_without_helper_process()
     _recompute_without_transformer_engine()
     if not on_cuda():
@@ -238,3 +239,24 @@ def _recompute_without_transformer_engine() -> None:
         initialize(self, fp8 or None, *args, **kwargs)
 
     CheckpointWithoutOutput.__init__ = initialize_by_value
+
+
+def _number_parameters_of_two_dtypes() -> None:
+    """distrib_optimizer.py:441/487 puts a group's fp32 parameters before the others', behind the back of the table of
+    their places (:262/294): a checkpoint of a bf16 model with an fp32 head took one's state for another's.
+
+    Goes when upstream numbers them as it orders them.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    build = DistributedOptimizer._build_optimizer_group_ranges.__func__
+
+    @functools.wraps(build)
+    def build_as_ordered(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        places, groups = build(cls, *args, **kwargs)
+        for number, group in enumerate(groups):
+            ordered = sorted(group["params"], key=lambda parameter: parameter.dtype is not torch.float32)
+            places.update({parameter: (number, place) for place, parameter in enumerate(ordered)})
+        return places, groups
+
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_as_ordered)

@@ -1,0 +1,106 @@
+"""FP8's fields become Megatron's, and are refused where FP8 cannot run; a GPU's capability is stood in for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megalign.batch import Batch
+from megalign.config import SFTConfig
+from megalign.conversion.architecture import Architecture
+from megalign.errors import UserError
+from megalign.model.fp8 import fp8
+from megalign.model.layer_spec import LOCAL, TRANSFORMER_ENGINE
+from megalign.parallel.groups import Axis, ParallelGroups, initialize
+from tests.ranks import run_ranks
+
+ARCHITECTURE = Architecture(
+    family="llama", num_layers=2, hidden_size=64, ffn_hidden_size=192, num_attention_heads=8, num_query_groups=4,
+    head_dim=16, vocab_size=100, max_position_embeddings=64, norm_epsilon=1e-5, rotary_base=1e4,
+)  # fmt: skip
+
+
+def fields(monkeypatch, capability: tuple[int, int] = (10, 0), implementation: str = TRANSFORMER_ENGINE, **values: Any):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    changes, tp = values.pop("architecture", {}), values.get("tensor_model_parallel_size", 1)
+    return fp8(SFTConfig(**{"bf16": True, **values}), replace(ARCHITECTURE, **changes), implementation, tp)
+
+
+def test_the_fields_become_megatrons(monkeypatch) -> None:
+    assert fields(monkeypatch) == {}
+    assert fields(monkeypatch, (8, 9), fp8="hybrid") == {"fp8": "hybrid", "fp8_recipe": "delayed"}
+    assert fields(monkeypatch, (9, 0), fp8="e4m3", fp8_recipe="blockwise") == {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+    assert fields(monkeypatch, fp8="e4m3", fp8_recipe="mxfp8")["fp8_recipe"] == "mxfp8"
+
+
+@pytest.mark.parametrize(
+    "capability, recipe, parts",
+    [
+        ((8, 0), "delayed", ["8.9 (Ada or Hopper)", "has 8.0", "or drop fp8"]),
+        ((8, 0), "tensorwise", ["8.9 (Ada or Hopper)"]),
+        ((8, 9), "blockwise", ["9.0 (Hopper)", "one of fp8_recipe delayed, tensorwise"]),
+        ((9, 0), "mxfp8", ["10.0 (Blackwell)", "one of fp8_recipe delayed, tensorwise, blockwise"]),
+    ],
+)
+def test_an_older_gpu_is_refused_naming_what_it_can(monkeypatch, capability, recipe, parts) -> None:
+    with pytest.raises(UserError) as caught:
+        fields(monkeypatch, capability, fp8="hybrid", fp8_recipe=recipe)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"implementation": LOCAL}, "needs Transformer Engine"),
+        ({"bf16": None}, "set bf16=True"),  # fp32 on this machine
+        ({"tensor_model_parallel_size": 8}, "intermediate_size / 8 tensor-parallel ranks is 24"),
+        ({"architecture": {"hidden_size": 72}}, "hidden_size is 72, and FP8 products need a multiple of 16"),
+        ({"architecture": {"hidden_size": 80}, "fp8_recipe": "mxfp8"}, "hidden_size is 80, .* multiple of 32"),
+        ({"architecture": {"head_dim": 10}, "tensor_model_parallel_size": 4}, r"query heads \* head_dim / 4 .* is 20"),
+    ],
+)
+def test_what_fp8_cannot_compute_is_refused(monkeypatch, values: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        fields(monkeypatch, fp8="hybrid", **values)
+
+
+@pytest.mark.parametrize(
+    "values, part",
+    [
+        ({"fp8_recipe": "mxfp8"}, "fp8 is not set"),
+        ({"fp8": "hybrid", "bf16": False}, "bf16=False"),
+    ],
+)
+def test_what_contradicts_is_refused_at_once(values: dict[str, Any], part: str) -> None:
+    with pytest.raises(UserError, match=part):
+        SFTConfig(**values).validate(1)
+
+
+def axis(size: int) -> Axis:
+    return Axis(None, 0, size, list(range(size)))
+
+
+@pytest.mark.parametrize(
+    "tp, cp, unit, multiple",
+    [(1, 1, 1, 1), (4, 1, 1, 4), (1, 2, 1, 4), (2, 2, 1, 8), (1, 1, 16, 16), (4, 1, 16, 64), (2, 2, 16, 64), (1, 3, 32, 96)],
+)
+def test_every_ranks_tokens_are_a_multiple_of_the_unit(tp: int, cp: int, unit: int, multiple: int) -> None:
+    one = axis(1)
+    groups = ParallelGroups(
+        world=axis(tp * cp), tp=axis(tp), pp=one, cp=axis(cp), dp=one, ep=one, etp=axis(tp), copy=axis(tp), token_unit=unit
+    )
+    assert groups.token_multiple == multiple
+    assert multiple % (tp * cp * unit) == 0 and multiple % groups.sequence_multiple == 0
+    assert Batch.dummy(groups.token_multiple).num_tokens % multiple == 0
+
+
+def units(_: str) -> list[int]:
+    values = [{}, {"fp8": "hybrid"}, {"fp8": "e4m3", "fp8_recipe": "mxfp8"}, {}]
+    return [initialize(SFTConfig(output_dir="unused", **fields)).token_unit for fields in values]
+
+
+def test_the_groups_of_a_config_know_its_unit() -> None:
+    assert run_ranks(1, units, "") == [[1, 16, 32, 1]]
