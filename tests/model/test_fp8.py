@@ -85,12 +85,29 @@ def axis(size: int) -> Axis:
 
 @pytest.mark.parametrize(
     "tp, cp, unit, multiple",
-    [(1, 1, 1, 1), (4, 1, 1, 4), (1, 2, 1, 4), (2, 2, 1, 8), (1, 1, 16, 16), (4, 1, 16, 64), (2, 2, 16, 64), (1, 3, 32, 96)],
+    [
+        (1, 1, 1, 1),
+        (4, 1, 1, 4),
+        (1, 2, 1, 4),
+        (2, 2, 1, 8),
+        (1, 1, 16, 16),
+        (4, 1, 16, 64),
+        (2, 2, 16, 64),
+        (1, 3, 32, 96),
+    ],
 )
 def test_every_ranks_tokens_are_a_multiple_of_the_unit(tp: int, cp: int, unit: int, multiple: int) -> None:
     one = axis(1)
     groups = ParallelGroups(
-        world=axis(tp * cp), tp=axis(tp), pp=one, cp=axis(cp), dp=one, ep=one, etp=axis(tp), copy=axis(tp), token_unit=unit
+        world=axis(tp * cp),
+        tp=axis(tp),
+        pp=one,
+        cp=axis(cp),
+        dp=one,
+        ep=one,
+        etp=axis(tp),
+        copy=axis(tp),
+        token_unit=unit,
     )
     assert groups.token_multiple == multiple
     assert multiple % (tp * cp * unit) == 0 and multiple % groups.sequence_multiple == 0

@@ -147,6 +147,8 @@ def test_only_torchs_adamw_has_a_step_in_each_state() -> None:
 def test_a_cap_on_scores_is_not_in_transformer_engine() -> None:
     from dataclasses import replace
 
-    capped = replace(ARCHITECTURE, attention_softcap=30.0, moe=MixtureOfExperts(num_experts=2, top_k=1, ffn_hidden_size=8))
+    capped = replace(
+        ARCHITECTURE, attention_softcap=30.0, moe=MixtureOfExperts(num_experts=2, top_k=1, ffn_hidden_size=8)
+    )
     with pytest.raises(UserError, match="has no cap on attention scores"):
         layer_spec.transformer_impl(SFTConfig(transformer_impl="transformer_engine"), capped)
