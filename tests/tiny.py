@@ -10,8 +10,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
+    MixtralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 # A vocabulary that 2 does not divide, head_dim unlike hidden / heads, grouped queries, tied and untied.
@@ -40,6 +43,18 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
 }
+# More experts than a rank has, dense layers between, weights that are divided by their sum and such that are not.
+QWEN_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
+MOE_CONFIGS = {
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, rope_parameters={"rope_theta": 1e4}),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SIZES, **QWEN_EXPERTS, norm_topk_prob=False, shared_expert_intermediate_size=28, decoder_sparse_step=2
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, **QWEN_EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[2], tie_word_embeddings=True
+    ),
+}
+CONFIGS |= MOE_CONFIGS
 
 
 def save_tiny_model(
@@ -63,6 +78,9 @@ def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, cha
         for parameter in model.parameters():
             # Large enough that attention is not uniform and every bias and norm weight shows in the output.
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, router in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                router.mul_(5)  # near ties would be decided by rounding, differently at each layout
     model.to(dtype).save_pretrained(path)
     return str(path)
 

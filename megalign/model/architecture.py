@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         calculate_per_token_loss=True,
         recompute_granularity=granularity,
         **recompute,
+        **_experts(architecture),
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -73,6 +74,27 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _experts(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a model with experts; which of them a token chooses is model.experts.TokenRouter's matter."""
+    experts = architecture.moe
+    if experts is None:
+        return {}
+    kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.top_k,
+        # Megatron's own load balancing and its limits: TokenRouter has its own, and no token is ever dropped.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32" if experts.router_in_fp32 else None,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        # Checkpoints number the layers one by one when they are not all alike.
+        "moe_layer_freq": [int(kind == "moe") for kind in kinds] if "dense" in kinds else 1,
+    }
 
 
 def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
@@ -84,7 +106,8 @@ def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelG
             f"num_attention_heads {architecture.num_attention_heads} is not divisible by "
             f"tensor_model_parallel_size {tp}; use one of {fits}"
         )
-    if architecture.ffn_hidden_size % tp:
+    has_dense = any(architecture.layer_kind(layer) == "dense" for layer in range(architecture.num_layers))
+    if has_dense and architecture.ffn_hidden_size % tp:
         raise UserError(
             f"intermediate_size {architecture.ffn_hidden_size} is not divisible by tensor_model_parallel_size {tp}; "
             "use a smaller tensor_model_parallel_size"
@@ -96,7 +119,7 @@ def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelG
             "use a tensor_model_parallel_size that divides it or is a multiple of it"
         )
     _check_stages(architecture.num_layers, args)
-    _check_experts(architecture, groups)
+    _check_experts(architecture, args, groups)
 
 
 def _check_stages(num_layers: int, args: LoopConfig) -> None:
@@ -119,7 +142,7 @@ def _check_stages(num_layers: int, args: LoopConfig) -> None:
             )
 
 
-def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
+def _check_experts(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
     ep, etp, experts = groups.ep.size, groups.etp.size, architecture.num_experts
     if architecture.moe is None:
         if ep > 1 or etp != groups.tp.size:
@@ -128,6 +151,11 @@ def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
                 f"expert_tensor_parallel_size {etp} split nothing; drop them"
             )
         return
+    if groups.tp.size > 1 and not args.sequence_parallel:
+        raise UserError(
+            f"{architecture.family} has experts, and with tensor_model_parallel_size {groups.tp.size} every rank would "
+            "send them every token; set sequence_parallel=True, which gives each rank its part of the tokens"
+        )
     if experts % ep:
         raise UserError(
             f"{experts} experts are not divisible by expert_model_parallel_size {ep}; use a size that divides them"
@@ -136,6 +164,12 @@ def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
         raise UserError(
             f"the experts' intermediate size {architecture.moe.ffn_hidden_size} is not divisible by "
             f"expert_tensor_parallel_size {etp}; use a smaller one"
+        )
+    shared = architecture.moe.shared_ffn_hidden_size
+    if shared is not None and shared % groups.tp.size:
+        raise UserError(
+            f"the shared expert's intermediate size {shared} is not divisible by tensor_model_parallel_size "
+            f"{groups.tp.size}; use a smaller one"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn, ones
 
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.model.attention import PackedAttention
+from megalign.model.experts import route_by
 
 
 class RMSNorm(nn.Module):
@@ -43,11 +44,12 @@ def layer_spec(
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(config, architecture.layer_kind(layer)) for layer in layers], layer_norm=RMSNorm
+        layer_specs=[_layer(config, architecture, architecture.layer_kind(layer)) for layer in layers],
+        layer_norm=RMSNorm,
     )
 
 
-def _layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
+def _layer(config: TransformerConfig, architecture: Architecture, kind: LayerKind) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if kind == "moe" else None,
         normalization="RMSNorm",
@@ -55,6 +57,12 @@ def _layer(config: TransformerConfig, kind: LayerKind) -> ModuleSpec:
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if kind == "moe":
+        route_by(parts.mlp, architecture.moe)
+        # Transformer Engine has no linear behind this norm to fuse it with.
+        parts.sharded_state_dict_keys_map = {
+            name: fused for name, fused in parts.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."
+        }
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
     if config.qk_layernorm:

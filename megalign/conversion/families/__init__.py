@@ -8,11 +8,25 @@ from types import ModuleType
 from typing import Any
 
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import llama, qwen2, qwen3
+from megalign.conversion.families import (
+    llama,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from megalign.conversion.rules import Copy, Rule
 from megalign.errors import UserError
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+FAMILIES: dict[str, ModuleType] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+}
 """By model_type, which is also Architecture.family."""
 HEAD = "output_layer.weight"
 SCORE_HEAD = "score.weight"
