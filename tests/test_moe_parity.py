@@ -7,17 +7,13 @@ from __future__ import annotations
 
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from tests import test_gradient_parity as gradient_parity
 from tests import test_logprob_parity as logprob_parity
 from tests.layouts import Layout
 from tests.moe_layouts import MOE_LAYOUTS
-from tests.ranks import run_ranks
 from tests.tiny import MOE_CONFIGS, save_tiny_model
 
 
@@ -30,3 +26,13 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_logprobs_equal_transformers(model_path: str, layout: Layout) -> None:
     assert logprob_parity.largest_difference(model_path, layout, logprob_parity.PACKINGS[0]) < 1e-4
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
+def test_every_gradient_equals_plain_autograd(model_path: str, layout: Layout) -> None:
+    gradient_parity.check_gradients(model_path, layout, "dapo")
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
+def test_two_clipped_steps_equal_torch_adamw(model_path: str, layout: Layout) -> None:
+    gradient_parity.check_two_steps(model_path, layout)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -83,6 +87,17 @@ def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, cha
                 router.mul_(5)  # near ties would be decided by rounding, differently at each layout
     model.to(dtype).save_pretrained(path)
     return str(path)
+
+
+def as_saved(model: torch.nn.Module, value: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`value` of every parameter, by the names of the files: transformers itself holds a layer's experts as one."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for mine, theirs in zip(copy.parameters(), model.parameters(), strict=True):
+            mine.copy_(value(theirs))
+    with TemporaryDirectory() as directory:
+        copy.save_pretrained(directory)
+        return load_file(f"{directory}/model.safetensors")
 
 
 def load_reference(path: str) -> torch.nn.Module:

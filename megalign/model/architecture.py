@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
@@ -26,7 +26,8 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
     dtype = PARAMS_DTYPES[args.params_dtype_name]
     granularity = (args.recompute_granularity or "selective") if args.gradient_checkpointing else None
     recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if granularity == "full" else {}
-    return TransformerConfig(
+    kind = TransformerConfig if architecture.mla is None else MLATransformerConfig
+    return kind(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -39,7 +40,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        qk_layernorm=architecture.qk_norm or architecture.mla is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.tp.size,
@@ -65,6 +66,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         calculate_per_token_loss=True,
         recompute_granularity=granularity,
         **recompute,
+        **_latent_attention(architecture),
         **_experts(architecture),
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
         gradient_accumulation_fusion=False,
@@ -74,6 +76,26 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _latent_attention(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a model with latent attention; Megatron's own rotary module serves it."""
+    latent = architecture.mla
+    if latent is None:
+        return {}
+    fields = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.nope_head_dim,
+        "qk_pos_emb_head_dim": latent.rope_head_dim,
+        "v_head_dim": latent.value_head_dim,
+        "rotary_base": architecture.rotary_base,
+    }
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0}  # the softmax's scale reads it as well
+    yarn = {key: value for key, value in scaling.items() if key not in ("rope_type", "factor")}
+    return {**fields, **yarn, "rope_type": "yarn", "rotary_scaling_factor": scaling["factor"]}
 
 
 def _experts(architecture: Architecture) -> dict[str, Any]:

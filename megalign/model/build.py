@@ -15,6 +15,7 @@ from torch import Tensor, empty, nn, where
 from megalign import device
 from megalign.conversion.architecture import Architecture
 from megalign.model.architecture import inverse_frequencies, transformer_config
+from megalign.model.experts import mark_experts
 from megalign.model.layer_spec import layer_spec
 from megalign.parallel.groups import Axis, ParallelGroups
 from megalign.patches.megatron import megatron_calls
@@ -93,6 +94,9 @@ def _build_chunk(
                 _without_gradient_of(architecture.pad_token_id, groups.tp if config.sequence_parallel else None)
             )
     _mark_tensor_parallel(model)
+    mark_experts(model)
+    if architecture.mla is not None:
+        return model  # its attention has the rotary module
     # Megatron's own scaling knows one set of Llama 3 constants only.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture).to(device.device())
     return model

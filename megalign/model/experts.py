@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalign.conversion.architecture import MixtureOfExperts
 
@@ -58,3 +59,15 @@ def route_by(mlp: Any, experts: MixtureOfExperts) -> None:
     """Gives the spec of a Megatron MoE layer this router; 0.16 has a ModuleSpec, 0.19 a partial."""
     submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
     submodules.router = partial(TokenRouter, experts=experts)
+
+
+def mark_experts(model: nn.Module) -> None:
+    """Their gradients are summed over the ranks that hold the same part of the same expert.
+
+    Megatron (tensor_parallel/layers.py:866, 0.16.1) says so with expert_model_parallel_size above 1 only; with an
+    expert_tensor_parallel_size of its own, replicas of an expert would go apart.
+    """
+    for module in model.modules():
+        if isinstance(module, SequentialMLP):
+            for parameter in module.parameters():
+                parameter.allreduce = False

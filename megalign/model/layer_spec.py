@@ -19,6 +19,7 @@ from torch import Tensor, nn, ones
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.model.attention import PackedAttention
 from megalign.model.experts import route_by
+from megalign.model.latent_attention import PackedLatentAttention
 
 
 class RMSNorm(nn.Module):
@@ -49,22 +50,35 @@ def layer_spec(
     )
 
 
+def _fused_norms(kind: LayerKind, *, latent: bool) -> dict[str, str]:
+    """How checkpoints name the norms that Transformer Engine fuses into the linear behind them."""
+    attention = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if latent:
+        names = (("q", "q_up"), ("kv", "kv_up"))
+        attention = {
+            f"self_attention.{norm}_layernorm.": f"self_attention.linear_{up}_proj.layer_norm_" for norm, up in names
+        }
+    # A router and experts stand behind this norm, and no linear.
+    return attention if kind == "moe" else {**attention, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
 def _layer(config: TransformerConfig, architecture: Architecture, kind: LayerKind) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if kind == "moe" else None,
         normalization="RMSNorm",
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=architecture.mla is not None,
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if kind == "moe":
         route_by(parts.mlp, architecture.moe)
-        # Transformer Engine has no linear behind this norm to fuse it with.
-        parts.sharded_state_dict_keys_map = {
-            name: fused for name, fused in parts.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."
-        }
+    parts.sharded_state_dict_keys_map = _fused_norms(kind, latent=architecture.mla is not None)
     attention = parts.self_attention.submodules
     attention.core_attention = PackedAttention
-    if config.qk_layernorm:
+    if architecture.mla is not None:
+        parts.self_attention.module = PackedLatentAttention
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return layer

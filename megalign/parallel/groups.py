@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,11 @@ def _process_groups() -> list[Any]:
 
 
 def _destroy(made: list[Any]) -> None:
-    """Megatron forgets most of its groups without ending them; their sockets and threads would stay."""
+    """Megatron forgets most of its groups without ending them; their sockets and threads would stay.
+
+    So they would where an old engine, which is full of cycles, still refers to them: gloo's threads then spin on the
+    sockets that the other ranks have closed.
+    """
     from megatron.core import parallel_state as mpu
 
     mpu.destroy_model_parallel()
@@ -164,6 +169,8 @@ def _destroy(made: list[Any]) -> None:
     for group in made:
         if group in alive:
             dist.destroy_process_group(group)
+    made.clear()
+    gc.collect()
 
 
 def start_distributed(timeout_s: float) -> None:

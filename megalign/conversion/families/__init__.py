@@ -9,6 +9,8 @@ from typing import Any
 
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import (
+    deepseek_v2,
+    deepseek_v3,
     llama,
     mixtral,
     qwen2,
@@ -26,6 +28,8 @@ FAMILIES: dict[str, ModuleType] = {
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
 }
 """By model_type, which is also Architecture.family."""
 HEAD = "output_layer.weight"

@@ -36,3 +36,8 @@ def shared_rules(hf: str) -> list[Rule]:
         GateUp.of(mcore + "linear_fc1.weight", hf + "gate_proj.weight", hf + "up_proj.weight", rows=_SHARED),
         Copy.of(mcore + "linear_fc2.weight", hf + "down_proj.weight", ("hidden_size", _SHARED), dim=1),
     ]
+
+
+def selection_bias_rule(hf: str) -> Rule:
+    """The router's buffer of numbers that are added to scores where experts are chosen."""
+    return replace(Copy.of(_MEGATRON + "router.expert_bias", hf, ("num_experts",)), layers="moe")
