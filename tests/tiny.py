@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DeepseekV2Config,
+    DeepseekV3Config,
     LlamaConfig,
     MixtralConfig,
     Qwen2Config,
@@ -49,6 +51,24 @@ CONFIGS = {
 }
 # More experts than a rank has, dense layers between, weights that are divided by their sum and such that are not.
 QWEN_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
+LATENT_SIZES = SIZES | dict(
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    moe_intermediate_size=20,
+)
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=4,
+    beta_slow=1,
+    mscale=0.7,
+    mscale_all_dim=0.9,
+)
 MOE_CONFIGS = {
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, rope_parameters={"rope_theta": 1e4}),
     "qwen2_moe": lambda: Qwen2MoeConfig(
@@ -56,6 +76,30 @@ MOE_CONFIGS = {
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, **QWEN_EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[2], tie_word_embeddings=True
+    ),
+    "deepseek_v2": lambda: DeepseekV2Config(
+        **LATENT_SIZES,
+        q_lora_rank=None,
+        n_routed_experts=6,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        topk_method="group_limited_greedy",
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={"rope_theta": 1e4},
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **LATENT_SIZES,
+        q_lora_rank=14,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        rms_norm_eps=1e-5,
+        rope_parameters=YARN_ROPE,
     ),
 }
 CONFIGS |= MOE_CONFIGS
@@ -85,6 +129,9 @@ def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, cha
         for name, router in model.named_parameters():
             if name.endswith("mlp.gate.weight"):
                 router.mul_(5)  # near ties would be decided by rounding, differently at each layout
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.add_(torch.randn_like(bias) * 0.3)
     model.to(dtype).save_pretrained(path)
     return str(path)
 

@@ -52,7 +52,7 @@ def install() -> None:
     _installed = True
     _repair_optimizer_checkpoints()
     _save_without_helper_process()
-    _route_without_transformer_engine()
+    _do_without_transformer_engine()
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
@@ -192,10 +192,19 @@ def _save_without_helper_process() -> None:
     filesystem_async._get_write_results_queue = lambda: results
 
 
-def _route_without_transformer_engine() -> None:
-    """moe_utils.py:1192 (0.16.1) asks whether te_general_gemm is None; :34 imports it with Transformer Engine only."""
+def _do_without_transformer_engine() -> None:
+    """Where modules take its absence for its presence (0.16.1).
+
+    (1) moe_utils.py:1192 asks whether te_general_gemm is None; :34 imports it with Transformer Engine only.
+    (2) multi_latent_attention.py:56 takes the stand-in of extensions/transformer_engine.py:84 for the real one, and
+    :185 asks for instances of it. Both go with upstream's repairs.
+    """
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
+    if not transformer_engine.HAVE_TE:
+        multi_latent_attention.HAVE_TE = False
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
 

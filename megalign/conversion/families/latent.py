@@ -34,8 +34,14 @@ def read_config(config: Mapping[str, Any], fixed: Mapping[str, Any], defaults: M
         raise UserError(f"config.json's n_shared_experts={config['n_shared_experts']!r} must be at least 1")
     # Its numbers of key/value heads and of head sizes mean nothing here, and its rotary part is read below.
     decoder = llama.read_config({**config, **dict.fromkeys((*_ROPE, "num_key_value_heads", "head_dim"))})
+    heads = decoder.num_attention_heads
+    if config.get("num_key_value_heads") not in (None, heads):
+        raise UserError(
+            f"config.json's num_key_value_heads={config['num_key_value_heads']} is not supported; latent attention "
+            f"has as many as num_attention_heads={heads}"
+        )
     latent = LatentAttention(
-        num_heads=decoder.num_attention_heads,
+        num_heads=heads,
         q_lora_rank=config["q_lora_rank"],
         kv_lora_rank=config["kv_lora_rank"],
         nope_head_dim=config["qk_nope_head_dim"],
