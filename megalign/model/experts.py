@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -40,9 +42,26 @@ class TokenRouter(TopKRouter):
         weights = scores.gather(1, chosen)
         if experts.normalized:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * experts.scaling
-        routing_map = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-        return torch.zeros_like(scores).scatter(1, chosen, weights), routing_map
+        weights = torch.zeros_like(scores).scatter(1, chosen, weights * experts.scaling)
+        if self.config.moe_aux_loss_coeff and self.training and torch.is_grad_enabled():
+            weights = self._with_load_balancing(weights, scores)
+        return weights, torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+
+    def _with_load_balancing(self, weights: Tensor, scores: Tensor) -> Tensor:
+        """The weights, whose backward also adds the auxiliary loss's gradient; see router_aux_loss_coef.
+
+        Megatron divides all gradients by the tokens that were fed to the model, so the loss of this microbatch is
+        multiplied by its own, of all tensor and context ranks (Megatron 0.16.1's router takes one rank's).
+        """
+        num_experts = self._experts.num_experts
+        num_tokens = len(scores) * self.tp_cp_group.size()
+        # Its best experts by score alone, and for sigmoids the scores' shares: as transformers and Megatron have it.
+        loads = scores.topk(self._experts.top_k, dim=-1).indices.flatten().bincount(minlength=num_experts)
+        if self.tp_cp_group.size() > 1:
+            dist.all_reduce(loads, group=self.tp_cp_group)
+        shares = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).sum(0)  # this rank's part of a sum over tokens
+        loss = num_experts * (loads / num_tokens * shares / num_tokens).sum()
+        return MoEAuxLossAutoScaler.apply(weights, self.config.moe_aux_loss_coeff * loss * num_tokens)
 
 
 def choose(scores: Tensor, experts: MixtureOfExperts) -> Tensor:

@@ -107,6 +107,8 @@ class _CudaLiteralsMeanCpu(TorchFunctionMode):
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type == "cuda":
             kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # rope_utils.py:62 pins, for the copy to a GPU
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # distrib_optimizer.py:361/401 and optimizer.py:671/1008 compare this string to tell dtypes apart.
             return func(*args).replace("torch.", "torch.cuda.", 1)
