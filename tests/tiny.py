@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 # A vocabulary that 2 does not divide, head_dim unlike hidden / heads, grouped queries, tied and untied.
@@ -71,6 +80,60 @@ CONFIGS = {
         rope_parameters=GEMMA3_ROPE,
     ),
 }
+# More experts than a rank has, dense layers between, weights that are divided by their sum and such that are not.
+QWEN_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
+LATENT_SIZES = SIZES | dict(
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    moe_intermediate_size=20,
+)
+YARN_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=4,
+    beta_slow=1,
+    mscale=0.7,
+    mscale_all_dim=0.9,
+)
+MOE_CONFIGS = {
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, rope_parameters={"rope_theta": 1e4}),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **SIZES, **QWEN_EXPERTS, norm_topk_prob=False, shared_expert_intermediate_size=28, decoder_sparse_step=2
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, **QWEN_EXPERTS, head_dim=16, norm_topk_prob=True, mlp_only_layers=[2], tie_word_embeddings=True
+    ),
+    "deepseek_v2": lambda: DeepseekV2Config(
+        **LATENT_SIZES,
+        q_lora_rank=None,
+        n_routed_experts=6,
+        n_shared_experts=2,
+        num_experts_per_tok=2,
+        topk_method="group_limited_greedy",
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=1.7,
+        rope_parameters={"rope_theta": 1e4},
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **LATENT_SIZES,
+        q_lora_rank=14,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        rms_norm_eps=1e-5,
+        rope_parameters=YARN_ROPE,
+    ),
+}
+CONFIGS |= MOE_CONFIGS
 
 
 def save_tiny_model(
@@ -94,8 +157,25 @@ def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, cha
         for parameter in model.parameters():
             # Large enough that attention is not uniform and every bias and norm weight shows in the output.
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, router in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                router.mul_(5)  # near ties would be decided by rounding, differently at each layout
+        for name, bias in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                bias.add_(torch.randn_like(bias) * 0.3)
     model.to(dtype).save_pretrained(path)
     return str(path)
+
+
+def as_saved(model: torch.nn.Module, value: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`value` of every parameter, by the names of the files: transformers itself holds a layer's experts as one."""
+    copy = deepcopy(model)
+    with torch.no_grad():
+        for mine, theirs in zip(copy.parameters(), model.parameters(), strict=True):
+            mine.copy_(value(theirs))
+    with TemporaryDirectory() as directory:
+        copy.save_pretrained(directory)
+        return load_file(f"{directory}/model.safetensors")
 
 
 def load_reference(path: str) -> torch.nn.Module:

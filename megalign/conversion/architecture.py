@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megalign.errors import UserError
+
 LayerKind = Literal["dense", "moe"]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -21,8 +23,78 @@ class MixtureOfExperts:
     """Of each expert."""
     shared_ffn_hidden_size: int | None = None
     """Of the expert that every token passes, if there is one."""
+    shared_gate: bool = False
+    """A sigmoid of the token scales the shared expert's output."""
     dense_layers: frozenset[int] = frozenset()
     """Layers with an ordinary feed-forward part instead."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """The router's logits become scores by it, over all experts."""
+    selection_bias: bool = False
+    """A number for each expert is added to its score where experts are chosen, not where they are weighted."""
+    normalized: bool = False
+    """The scores of the chosen experts are divided by their sum."""
+    scaling: float = 1.0
+    """Then multiplied by this."""
+    num_groups: int = 1
+    """Neighbouring experts in equal groups, of which a token chooses some first."""
+    top_groups: int = 1
+    group_score_experts: int = 1
+    """A group's score is the sum of the scores of this many of its experts, the best."""
+    router_in_fp32: bool = False
+    """The router's product is in fp32; else in the model's dtype, as transformers computes it for the family."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok={self.top_k} must be between 1 and the {self.num_experts} experts of a layer"
+            )
+        if self.num_experts % self.num_groups or self.top_groups > self.num_groups:
+            raise UserError(
+                f"n_group={self.num_groups} must divide the {self.num_experts} experts of a layer and be at least "
+                f"topk_group={self.top_groups}"
+            )
+        size = self.num_experts // self.num_groups
+        if self.top_groups * size < self.top_k or size < self.group_score_experts:
+            raise UserError(
+                f"n_group={self.num_groups} makes groups of {size} experts, too few for topk_group={self.top_groups} "
+                f"of them to have num_experts_per_tok={self.top_k}, or {self.group_score_experts} to score by; "
+                "use fewer groups"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (MLA, arXiv 2405.04434): keys and values, and queries, from narrow projections."""
+
+    num_heads: int
+    q_lora_rank: int | None
+    """None: queries come straight from the hidden state."""
+    kv_lora_rank: int
+    nope_head_dim: int
+    """Of queries and keys: the part without rotary positions."""
+    rope_head_dim: int
+    """The part with them, which is one for all key heads."""
+    value_head_dim: int
+
+    @property
+    def query_size(self) -> int:
+        """Rows of the (up) projection to queries."""
+        return self.num_heads * (self.nope_head_dim + self.rope_head_dim)
+
+    @property
+    def down_size(self) -> int:
+        """Rows of the projection to the latent of keys and values, and to the keys' rotary part."""
+        return self.kv_lora_rank + self.rope_head_dim
+
+    @property
+    def up_size(self) -> int:
+        """Rows of the projection from that latent."""
+        return self.num_heads * (self.nope_head_dim + self.value_head_dim)
+
+    @property
+    def value_size(self) -> int:
+        """Columns of the output projection."""
+        return self.num_heads * self.value_head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +117,9 @@ class Architecture:
     norm_epsilon: float
     rotary_base: float
     rope_scaling: Mapping[str, Any] | None = None
-    """None, or what conversion.rope reads: {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}."""
+    """None, or what conversion.rope reads: {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}. With latent
+    attention None or {"rope_type": "yarn", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim"}."""
     rotary_percent: float = 1.0
     """The share of each head, from its begin, that is rotated."""
     rotary_interleaved: bool = False
@@ -81,6 +155,10 @@ class Architecture:
     """Outputs of a score head in the place of the language model's head (*ForSequenceClassification)."""
     moe: MixtureOfExperts | None = None
     """None: every layer is dense."""
+    mla: LatentAttention | None = None
+    """None: ordinary (grouped) attention."""
+    num_mtp_layers: int = 0
+    """Layers behind the last one in the files, for predicting several tokens at once: not loaded, not exported."""
 
     @property
     def num_experts(self) -> int:
@@ -99,6 +177,11 @@ class Architecture:
     def rotary_dim(self) -> int:
         """Rotated dims of a head."""
         return int(self.head_dim * self.rotary_percent)
+
+    @property
+    def one(self) -> int:
+        """Rows of a vector that is kept as a matrix."""
+        return 1
 
     @property
     def query_size(self) -> int:

@@ -133,14 +133,15 @@ class GateUp(Rule):
     """Each TP rank holds its share of the gate, then its share of the up projection."""
 
     @classmethod
-    def of(cls, megatron: str, gate: str, up: str) -> GateUp:
-        """[ffn, hidden] each."""
-        return cls(megatron, tuple(HfTensor(name, ("ffn_hidden_size", "hidden_size")) for name in (gate, up)))
+    def of(cls, megatron: str, gate: str, up: str, *, rows: str = "ffn_hidden_size") -> GateUp:
+        """[rows, hidden] each; `rows` names an Architecture size."""
+        return cls(megatron, tuple(HfTensor(name, (rows, "hidden_size")) for name in (gate, up)))
 
     def ranges(self, architecture: Architecture, tp_size: int) -> Iterator[Range]:
         """See Rule.ranges."""
-        assert architecture.ffn_hidden_size % tp_size == 0, f"{self.megatron}: tp {tp_size}"
-        rows = architecture.ffn_hidden_size // tp_size
+        length = self.hf[0].sizes(architecture)[0]
+        assert length % tp_size == 0, f"{self.megatron}: tp {tp_size}"
+        rows = length // tp_size
         for rank in range(tp_size):
             for tensor in self.hf:
                 yield Range(tensor, rank * rows, (rank + 1) * rows)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
@@ -30,7 +30,8 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
     dtype = PARAMS_DTYPES[args.params_dtype_name]
     implementation = transformer_impl(args, architecture)
     uses_te = implementation == TRANSFORMER_ENGINE
-    return TransformerConfig(
+    kind = TransformerConfig if architecture.mla is None else MLATransformerConfig
+    return kind(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -45,7 +46,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         softmax_scale=architecture.softmax_scale,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        qk_layernorm=architecture.qk_norm or architecture.mla is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=groups.tp.size,
@@ -76,6 +77,8 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
         # hook is another object.
         gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
+        **_latent_attention(architecture),
+        **_experts(architecture),
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -83,6 +86,47 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+
+
+def _latent_attention(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a model with latent attention; Megatron's own rotary module serves it."""
+    latent = architecture.mla
+    if latent is None:
+        return {}
+    fields = {
+        "q_lora_rank": latent.q_lora_rank,
+        "kv_lora_rank": latent.kv_lora_rank,
+        "qk_head_dim": latent.nope_head_dim,
+        "qk_pos_emb_head_dim": latent.rope_head_dim,
+        "v_head_dim": latent.value_head_dim,
+        "rotary_base": architecture.rotary_base,
+    }
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return {**fields, "rope_type": "rope", "rotary_scaling_factor": 1.0}  # the softmax's scale reads it as well
+    yarn = {key: value for key, value in scaling.items() if key not in ("rope_type", "factor")}
+    return {**fields, **yarn, "rope_type": "yarn", "rotary_scaling_factor": scaling["factor"]}
+
+
+def _experts(architecture: Architecture) -> dict[str, Any]:
+    """The fields of a model with experts; which of them a token chooses is model.experts.TokenRouter's matter."""
+    experts = architecture.moe
+    if experts is None:
+        return {}
+    kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.top_k,
+        # Megatron's own load balancing and its limits: TokenRouter has its own, and no token is ever dropped.
+        "moe_router_load_balancing_type": "none",
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32" if experts.router_in_fp32 else None,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_gate,
+        # Checkpoints number the layers one by one when they are not all alike.
+        "moe_layer_freq": [int(kind == "moe") for kind in kinds] if "dense" in kinds else 1,
+    }
 
 
 def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
@@ -94,7 +138,8 @@ def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelG
             f"num_attention_heads {architecture.num_attention_heads} is not divisible by "
             f"tensor_model_parallel_size {tp}; use one of {fits}"
         )
-    if architecture.ffn_hidden_size % tp:
+    has_dense = any(architecture.layer_kind(layer) == "dense" for layer in range(architecture.num_layers))
+    if has_dense and architecture.ffn_hidden_size % tp:
         raise UserError(
             f"intermediate_size {architecture.ffn_hidden_size} is not divisible by tensor_model_parallel_size {tp}; "
             "use a smaller tensor_model_parallel_size"
@@ -106,7 +151,7 @@ def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelG
             "use a tensor_model_parallel_size that divides it or is a multiple of it"
         )
     _check_stages(architecture.num_layers, args)
-    _check_experts(architecture, groups)
+    _check_experts(architecture, args, groups)
 
 
 def _check_stages(num_layers: int, args: LoopConfig) -> None:
@@ -129,7 +174,7 @@ def _check_stages(num_layers: int, args: LoopConfig) -> None:
             )
 
 
-def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
+def _check_experts(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
     ep, etp, experts = groups.ep.size, groups.etp.size, architecture.num_experts
     if architecture.moe is None:
         if ep > 1 or etp != groups.tp.size:
@@ -138,6 +183,11 @@ def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
                 f"expert_tensor_parallel_size {etp} split nothing; drop them"
             )
         return
+    if groups.tp.size > 1 and not args.sequence_parallel:
+        raise UserError(
+            f"{architecture.family} has experts, and with tensor_model_parallel_size {groups.tp.size} every rank would "
+            "send them every token; set sequence_parallel=True, which gives each rank its part of the tokens"
+        )
     if experts % ep:
         raise UserError(
             f"{experts} experts are not divisible by expert_model_parallel_size {ep}; use a size that divides them"
@@ -146,4 +196,10 @@ def _check_experts(architecture: Architecture, groups: ParallelGroups) -> None:
         raise UserError(
             f"the experts' intermediate size {architecture.moe.ffn_hidden_size} is not divisible by "
             f"expert_tensor_parallel_size {etp}; use a smaller one"
+        )
+    shared = architecture.moe.shared_ffn_hidden_size
+    if shared is not None and shared % groups.tp.size:
+        raise UserError(
+            f"the shared expert's intermediate size {shared} is not divisible by tensor_model_parallel_size "
+            f"{groups.tp.size}; use a smaller one"
         )

@@ -15,6 +15,7 @@ from torch import Tensor, empty, nn, tensor, where
 from megalign import device
 from megalign.conversion.architecture import Architecture
 from megalign.model.architecture import transformer_config
+from megalign.model.experts import mark_experts
 from megalign.model.layer_spec import layer_spec
 from megalign.parallel.groups import Axis, ParallelGroups
 from megalign.patches.megatron import megatron_calls
@@ -100,6 +101,7 @@ def _build_chunk(
     if head_in_fp32:
         _keep_head_in_fp32(model)
     _mark_tensor_parallel(model)
+    mark_experts(model)
     for layer in model.decoder.layers:
         assert hasattr(layer.self_attention.core_attention, "rotary"), "Megatron rotates nothing: its attention must"
     return model

@@ -22,7 +22,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
+from megalign.model.experts import route_by
 from megalign.model.extensions import has_transformer_engine
+from megalign.model.latent_attention import LATENT_EPSILON, PackedLatentAttention
 from megalign.model.norms import NormedRowParallelLinear, RMSNorm
 from megalign.model.rotary import Rotary
 
@@ -55,6 +57,7 @@ def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
         "sliding window that differs by layer": architecture.sliding_layers,
         "cap on attention scores": architecture.attention_softcap,
         "norm behind attention and feed-forward part": architecture.sandwich_norms,
+        "epsilon for latent norms alone": architecture.mla and architecture.norm_epsilon != LATENT_EPSILON,
     }
     return [name for name, needed in needs.items() if needed]
 
@@ -83,8 +86,11 @@ def _transformer_engine_layer(config: TransformerConfig, architecture: Architect
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
     )
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
+    if architecture.layer_kind(number) == "moe":
+        route_by(layer.submodules.mlp, architecture.moe)
+    if architecture.mla is None:  # latent attention rotates itself
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
     return layer
 
 
@@ -95,11 +101,19 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
         num_experts=config.num_moe_experts if kind == "moe" else None,
         normalization="RMSNorm",
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=architecture.mla is not None,
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if kind == "moe":
+        route_by(parts.mlp, architecture.moe)
     parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
+    if architecture.mla is not None:  # it rotates a part of its heads itself
+        parts.self_attention.module = PackedLatentAttention
+        attention.core_attention = PackedAttention
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        return layer
     attention.core_attention = partial(
         PackedAttention,
         rotary=Rotary.of(architecture, number),

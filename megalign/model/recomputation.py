@@ -21,7 +21,7 @@ _NEEDS: Mapping[str, tuple[Callable[[Architecture], bool], str]] = {
         lambda model: model.moe is not None and model.moe.shared_ffn_hidden_size is not None,
         "a shared expert",
     ),
-    "mla_up_proj": (lambda model: False, "multi-head latent attention"),
+    "mla_up_proj": (lambda model: model.mla is not None, "multi-head latent attention"),
 }
 
 

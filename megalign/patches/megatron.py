@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megalign.device import on_cuda
@@ -75,9 +76,11 @@ def install() -> None:
     _number_parameters_of_two_dtypes()
     _save_without_helper_process()
     _recompute_without_transformer_engine()
+    _do_without_transformer_engine()
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
+        _send_uneven_parts_over_gloo()
         # tensor_parallel/layers.py:738/856; good advice on a GPU.
         _silence(("When using async grad allreduce it is recommended to set the environment variable", UserWarning))
 
@@ -105,6 +108,8 @@ class _CudaLiteralsMeanCpu(TorchFunctionMode):
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type == "cuda":
             kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False  # rope_utils.py:62 pins, for the copy to a GPU
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # distrib_optimizer.py:361/401 and optimizer.py:671/1008 compare this string to tell dtypes apart.
             return func(*args).replace("torch.", "torch.cuda.", 1)
@@ -243,7 +248,7 @@ def _recompute_without_transformer_engine() -> None:
 
 def _number_parameters_of_two_dtypes() -> None:
     """distrib_optimizer.py:441/487 puts a group's fp32 parameters before the others', behind the back of the table of
-    their places (:262/294): a checkpoint of a bf16 model with an fp32 head took one's state for another's.
+    their places (:297/337): a checkpoint of a bf16 model with an fp32 head took one's state for another's.
 
     Goes when upstream numbers them as it orders them.
     """
@@ -260,3 +265,68 @@ def _number_parameters_of_two_dtypes() -> None:
         return places, groups
 
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_as_ordered)
+
+
+def _do_without_transformer_engine() -> None:
+    """Where modules take its absence for its presence (0.16.1).
+
+    (1) moe_utils.py:1192 asks whether te_general_gemm is None; :34 imports it with Transformer Engine only.
+    (2) multi_latent_attention.py:56 takes the stand-in of extensions/transformer_engine.py:84 for the real one, and
+    :185 asks for instances of it. Both go with upstream's repairs.
+    """
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if not transformer_engine.HAVE_TE:
+        multi_latent_attention.HAVE_TE = False
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _send_uneven_parts_over_gloo() -> None:
+    """Ranks of an expert have different numbers of tokens, which gloo's collectives do not take as they are called.
+
+    (1) token_dispatcher.py:666,669,810 give all_to_all their split sizes as tensors; gloo wants lists.
+    (2) mappings.py:144 all_gather and :185 reduce_scatter of tensors of different lengths: gloo refuses them. Here
+    they are padded to the longest, and reduced whole. Goes when gloo takes uneven parts.
+    """
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import token_dispatcher
+
+    all_to_all = mappings.all_to_all
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(all_to_all)
+    def all_to_all_of_lists(
+        group: Any, tensor: torch.Tensor, output: Any = None, input: Any = None, **rest: Any
+    ) -> Any:
+        return all_to_all(group, tensor, _as_list(output), _as_list(input), **rest)
+
+    @functools.wraps(gather)
+    def gather_uneven(tensor: torch.Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(tensor, group, sizes, *args, **kwargs)
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_uneven(
+        tensor: torch.Tensor, group: Any, sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return reduce_scatter(tensor, group, sizes, *args, **kwargs)
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()].clone()
+
+    token_dispatcher.all_to_all = all_to_all_of_lists
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+
+
+def _as_list(sizes: Any) -> Any:
+    return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes

@@ -8,7 +8,21 @@ from types import ModuleType
 from typing import Any
 
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import gemma2, gemma3_text, glm4, llama, mistral, phi3, qwen2, qwen3
+from megalign.conversion.families import (
+    deepseek_v2,
+    deepseek_v3,
+    gemma2,
+    gemma3_text,
+    glm4,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from megalign.conversion.rules import Copy, Rule
 from megalign.errors import UserError
 
@@ -21,6 +35,11 @@ FAMILIES: dict[str, ModuleType] = {
     "glm4": glm4,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
+    "mixtral": mixtral,
+    "qwen2_moe": qwen2_moe,
+    "qwen3_moe": qwen3_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
 }
 """By model_type, which is also Architecture.family."""
 HEAD = "output_layer.weight"
