@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -17,10 +17,12 @@ from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, classifier_config, is_classifier
 from megalign.errors import UserError
-from megalign.model import checkpoint, optimizer
+from megalign.model import checkpoint, extensions, optimizer, overlap
+from megalign.model.activation_offload import offloaded_activations
 from megalign.model.attention import PackedSequences
-from megalign.model.build import build_model
+from megalign.model.build import HiddenStatesModel, build_model
 from megalign.model.heads import language_model_columns, score_columns
+from megalign.model.layer_spec import TRANSFORMER_ENGINE
 from megalign.model.offload import Offload
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
@@ -60,7 +62,7 @@ class TrainEngine:
         score_head: bool = False,
         extras: tuple[str, ...] = (),
     ) -> None:
-        self.hf_path, self.groups, self._extras = model_path, groups, extras
+        self.hf_path, self.groups, self._args, self._extras = model_path, groups, args, extras
         self.architecture = _architecture(model_path, score_head)
         seed_parallel_rng(args.seed)
         self._models = build_model(self.architecture, args, groups)
@@ -122,13 +124,23 @@ class TrainEngine:
                 shares.append({"loss": Metric(loss), **metrics})
         return reduce_metrics(shares, self.groups)
 
+    @property
+    def made_of(self) -> str:
+        """Which of NVIDIA's libraries it uses, and why not others, in a line for whoever started the run."""
+        config = self._models[0].config
+        layers = extensions.layers_name(config.transformer_impl == TRANSFORMER_ENGINE)
+        parts = [f"layers: {layers}", f"optimizer: {extensions.optimizer_name()}"]
+        if config.gradient_accumulation_fusion:
+            parts.append("weight gradients are added inside the matrix products")
+        return "; ".join(parts)
+
     def named_slices(self) -> Iterator[Slice]:
         """This rank's parts of the Hugging Face tensors, each byte of the model once over a model copy."""
-        return export.named_slices(self._models, self.groups, self.architecture)
+        return export.named_slices(self._weights(), self.groups, self.architecture)
 
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
         """Whole Hugging Face tensors on every rank of the model copy, in bounded buckets; collective."""
-        return export.gathered(self._models, self.groups, self.architecture)
+        return export.gathered(self._weights(), self.groups, self.architecture)
 
     def export(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> None:
         """Writes a Hugging Face directory; collective. `special_tokens` are the tokenizer's (`eos_token_id`, ...)."""
@@ -139,7 +151,7 @@ class TrainEngine:
         export.save_hf(
             path,
             self.hf_path,
-            self._models,
+            self._weights(),
             self.groups,
             self.architecture,
             config_changes=changes,
@@ -148,22 +160,25 @@ class TrainEngine:
 
     def save(self, path: str) -> None:
         """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective."""
+        self._weights()
         checkpoint.save(path, self._chunks, self._optimizer)
 
     def load(self, path: str) -> None:
         """Reads what `save` wrote; collective."""
+        self._weights()  # a gather that is still on its way would write over what is read
         checkpoint.load(path, self._chunks, self._optimizer)
 
     @torch.no_grad()
     def mix_in(self, other: TrainEngine, weight: float) -> None:
         """Every parameter p becomes weight * (other's p) + (1 - weight) * p; both awake, at one layout."""
-        for mine, theirs in zip(self._models, other._models, strict=True):
+        for mine, theirs in zip(self._weights(), other._weights(), strict=True):
             for kept, new in zip(mine.parameters(), theirs.parameters(), strict=True):
                 kept.mul_(1.0 - weight).add_(new, alpha=weight)
 
     def sleep(self) -> None:
         """Parameters, gradients and optimizer state leave the device, when `vllm_enable_sleep_mode` says so."""
         if self._sleeps and not self._offload.asleep:
+            self._weights()
             self._offload.sleep(self._resident_tensors())
 
     def wake(self, *_: str) -> None:
@@ -180,6 +195,11 @@ class TrainEngine:
             self.sleep()
         else:
             self.wake()
+
+    def _weights(self) -> list[HiddenStatesModel]:
+        """The models, with what the last step made of every weight: collective over dp with overlap_param_gather."""
+        overlap.finish_gather(self._chunks, self._args)
+        return self._models
 
     def _resident_tensors(self) -> Iterator[Tensor]:
         for model in self._models:
@@ -209,14 +229,25 @@ class TrainEngine:
     def _stage(self, model: nn.Module, batch: Batch) -> Tensor:
         packed = PackedSequences.of(batch, self.groups.cp)
         tokens = packed.local(batch.tokens)[None]
-        positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope reads cu_seqlens instead
-        return model(tokens, positions, None, packed_seq_params=packed)
+        positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope takes them from `packed`
+        with self._offloaded(model) if self._args.activation_offloading else nullcontext():
+            return model(tokens, positions, None, packed_seq_params=packed)
+
+    def _offloaded(self, model: nn.Module) -> AbstractContextManager[None]:
+        """For a stage's forward pass; the schedule keeps its input, from the stage before, itself."""
+        unwrapped = self._models[self._chunks.index(model)]
+        arrived = unwrapped.decoder.input_tensor
+        return offloaded_activations(unwrapped, [] if arrived is None else [arrived])
 
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
-        model = self._models[-1]
-        if self.architecture.num_labels is not None:
+        # The head is no module that is called, so nothing has waited for its weight yet.
+        overlap.finish_gather(self._chunks[-1:], self._args)
+        model, shape = self._models[-1], self.architecture
+        if shape.num_labels is not None:
             return score_columns(model, hidden, batch, self.groups)
-        return language_model_columns(model, hidden, batch, self.groups, self.architecture.vocab_size, self._extras)
+        return language_model_columns(
+            model, hidden, batch, self.groups, shape.vocab_size, self._extras, shape.logit_softcap
+        )
 
 
 def _architecture(model_path: str, score_head: bool) -> Architecture:

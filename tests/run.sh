@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# All tests, after installing what they need:  bash tests/run.sh [pytest's arguments]
+# All tests, after installing what they need; then those marked `megatron` on the newest Megatron-Core:
+#                                              bash tests/run.sh [pytest's arguments]
 # The five-minute inner loop:                  bash tests/run.sh quick [pytest's arguments]
+# Any tests on the newest Megatron-Core:       bash tests/run.sh newest [pytest's arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/install.sh "${MEGALIGN_PLATFORM:-cpu}" --test
@@ -11,8 +13,23 @@ unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 
-if [[ ${1:-} == quick ]]; then
-    shift
-    exec .venv/bin/python -m pytest -m "not vllm and not ranks8 and not slow and not gpu" "$@"
-fi
-exec .venv/bin/python -m pytest "$@"
+run() { .venv/bin/python -m pytest "$@"; }
+
+# A test fails when the version that it imports is not MEGALIGN_MEGATRON.
+run_on_newest() {
+    local version
+    version=$(sed -n 's/^megatron-core==//p' tools/requirements-megatron-newest.txt)
+    MEGALIGN_MEGATRON=$version PYTHONPATH=$PWD/.venv/megatron-$version${PYTHONPATH:+:$PYTHONPATH} run "$@"
+}
+
+case ${1:-} in
+quick) run -m "not vllm and not ranks8 and not slow and not gpu" "${@:2}" ;;
+newest) run_on_newest "${@:2}" ;;
+*)
+    failed=0
+    run "$@" || failed=$?
+    # Status 5: the arguments chose tests, and none of them is marked.
+    run_on_newest "$@" -m "megatron and not vllm" || { status=$?; [[ $# -gt 0 && $status == 5 ]] || failed=$status; }
+    exit "$failed"
+    ;;
+esac

@@ -20,9 +20,12 @@ from megalign.batch import Batch, Counts
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
+from tests.by_hand import packed
 from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import as_saved, load_reference, save_tiny_model
+
+pytestmark = pytest.mark.megatron
 
 # (prompt, completion) lengths; microbatches of uneven token counts, the third without any loss token.
 ROWS = [(3, 6), (5, 2), (2, 15), (4, 1), (6, 0), (3, 0), (2, 9), (7, 4)]
@@ -68,26 +71,16 @@ def _reference_logprobs(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def microbatch(ids: list[int], logprobs: dict[int, Tensor], groups: ParallelGroups) -> Batch:
-    lengths = [-(-sum(ROWS[i]) // groups.sequence_multiple) * groups.sequence_multiple for i in ids]
-    tail = -sum(lengths) % groups.token_multiple
-
-    def column(parts: list[Tensor]) -> Tensor:
-        padded = [
-            torch.cat([part, part.new_zeros(size - len(part))]) for part, size in zip(parts, lengths, strict=True)
-        ]
-        return torch.cat([*padded, parts[0].new_zeros(tail)])
-
-    return Batch(
-        tokens=column([tokens(i) for i in ids]),
-        cu_seqlens=torch.tensor([0, *lengths, *([tail] if tail else [])]).cumsum(0).int(),
-        num_sequences=len(ids),
-        token_columns={
-            "loss_mask": column([torch.arange(sum(ROWS[i])) >= ROWS[i][0] for i in ids]),
-            "old_logprobs": column([logprobs[i] + noise(i, 1) for i in ids]),
-            "ref_logprobs": column([logprobs[i] + noise(i, 2) for i in ids]),
-        },
-        sequence_columns={"advantages": torch.tensor([advantage(i) for i in ids])},
-    )
+    parts = [
+        {
+            "tokens": tokens(i),
+            "loss_mask": torch.arange(sum(ROWS[i])) >= ROWS[i][0],
+            "old_logprobs": logprobs[i] + noise(i, 1),
+            "ref_logprobs": logprobs[i] + noise(i, 2),
+        }
+        for i in ids
+    ]
+    return packed(parts, groups, advantages=torch.tensor([advantage(i) for i in ids]))
 
 
 def loss_of(name: str) -> Any:
@@ -102,9 +95,11 @@ def global_counts() -> Counts:
 # ---- on the ranks -------------------------------------------------------------------------------------------
 
 
-def gradients(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
+def gradients(
+    path: str, layout: Layout, name: str, logprobs: dict[int, Tensor], fields: dict[str, Any]
+) -> dict[str, Any]:
     """Loss and whole gradients, in Hugging Face names, read through the exporter from DDP's buffers."""
-    engine = make_engine(path, layout, use_distributed_optimizer=False)
+    engine = make_engine(path, layout, use_distributed_optimizer=False, **fields)
     groups = engine.groups
     batches = [microbatch(ids, logprobs, groups) for ids in MICROBATCHES[groups.dp.rank :: groups.dp.size]]
     counts = reduce_counts(batches, groups)
@@ -198,11 +193,11 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return save_tiny_model(request.param, path)
 
 
-def check_gradients(path: str, layout: Layout, name: str) -> None:
+def check_gradients(path: str, layout: Layout, name: str, **fields: Any) -> None:
     logprobs = recorded(path)
     loss, wanted = reference_gradients(path, name, logprobs)
     scale = max(abs(loss), sum(abs(advantage(i)) for i in range(len(ROWS))) / len(ROWS)) if name != "sft" else abs(loss)
-    for rank in run_ranks(layout.world, gradients, path, layout, name, logprobs):
+    for rank in run_ranks(layout.world, gradients, path, layout, name, logprobs, fields):
         assert abs(rank["metrics"]["loss"] - loss) <= 1e-4 * scale
         assert sorted(rank["gradients"]) == sorted(wanted)
         worst = max((relative(rank["gradients"][key], wanted[key]), key) for key in wanted)
@@ -213,6 +208,18 @@ def check_gradients(path: str, layout: Layout, name: str) -> None:
 @pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
 def test_every_gradient_equals_plain_autograd(model_path: str, layout: Layout, name: str) -> None:
     check_gradients(model_path, layout, name)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2)], ids=str)
+@pytest.mark.parametrize("family", ["mistral", "phi3", "glm4", "gemma2", "gemma3_text"])
+def test_every_gradient_of_families_with_parts_of_their_own(tmp_path: Path, family: str, layout: Layout) -> None:
+    check_gradients(save_tiny_model(family, tmp_path), layout, "dapo")
+
+
+@pytest.mark.parametrize("granularity", ["selective", "full"])
+def test_norms_behind_the_parts_windows_and_caps_are_recomputed(tmp_path: Path, granularity: str) -> None:
+    recompute = {"gradient_checkpointing": True, "recompute_granularity": granularity}
+    check_gradients(save_tiny_model("gemma2", tmp_path), Layout(tp=2, sp=True), "sft", **recompute)
 
 
 @pytest.mark.ranks8

@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from megalign.algos.columns import token_column
 from megalign.batch import Batch, Counts, Metric
 from megalign.errors import UserError
 from megalign.parallel import pipeline
+from megalign.parallel.groups import ParallelGroups
+from tests.by_hand import packed, unpacked
 from tests.jobs.start import run
-from tests.layouts import LAYOUTS, ONE_RANK, Layout, make_engine
+from tests.layouts import LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, save_tiny_classifier, save_tiny_model
+
+pytestmark = pytest.mark.megatron
 
 LENGTHS = [7, 2, 12, 5]
 
@@ -32,42 +37,40 @@ def seeds(i: int) -> Tensor:
     return torch.randn(2, LENGTHS[i], generator=torch.Generator().manual_seed(60 + i))
 
 
-def batch(ids: list[int], multiple: int) -> Batch:
-    lengths = [LENGTHS[i] for i in ids]
-    tail = -sum(lengths) % multiple
-    mask = torch.cat([*(torch.arange(length) > 0 for length in lengths), torch.zeros(tail, dtype=torch.bool)])
-    joined = torch.cat([*(seeds(i) for i in ids), torch.zeros(2, tail)], dim=1)
-    return Batch(
-        tokens=torch.cat([*(tokens(i) for i in ids), torch.zeros(tail, dtype=torch.int64)]),
-        cu_seqlens=torch.tensor([0, *lengths, *([tail] if tail else [])]).cumsum(0).int(),
-        num_sequences=len(ids),
-        token_columns={"loss_mask": mask, "score_seeds": joined[0], "value_seeds": joined[1]},
-    )
+def batch(ids: list[int], groups: ParallelGroups) -> Batch:
+    parts = [
+        {
+            "tokens": tokens(i),
+            "loss_mask": torch.arange(LENGTHS[i]) > 0,
+            "score_seeds": seeds(i)[0],
+            "value_seeds": seeds(i)[1],
+        }
+        for i in ids
+    ]
+    return packed(parts, groups)
 
 
 def loss(outputs: dict[str, Tensor], batch: Batch, counts: Counts) -> tuple[Tensor, dict[str, Metric]]:
-    return (outputs["scores"] * batch["score_seeds"] + outputs["values"] * batch["value_seeds"]).sum(), {}
+    seeds = [token_column(batch, f"{name}_seeds", outputs["scores"]) for name in ("score", "value")]
+    return (outputs["scores"] * seeds[0] + outputs["values"] * seeds[1]).sum(), {}
 
 
 def on_ranks(path: str, layout: Layout) -> dict[str, Any]:
     engine = make_engine(path, layout, score_head=True, use_distributed_optimizer=False)
     groups = engine.groups
     mine = [[0, 1], [2, 3]][groups.dp.rank :: groups.dp.size]
-    batches = [batch(ids, groups.token_multiple) for ids in mine]
+    batches = [batch(ids, groups) for ids in mine]
     columns = engine.forward(batches, ("scores", "values"))
     pipeline.train(
         engine._chunks, batches, engine._stage, engine._head, lambda c, b: loss(c, b, Counts(tokens=1, sequences=1)),
         groups,
     )  # fmt: skip
     found = {
-        i: {name: column[name].split(made.cu_seqlens.diff().tolist())[place] for name in column}
+        i: {name: unpacked(made, column[name], [LENGTHS[i] for i in ids])[place] for name in column}
         for ids, made, column in zip(mine, batches, columns, strict=True)
         for place, i in enumerate(ids)
     }
-    with torch.no_grad():
-        for parameter in engine._models[0].parameters():
-            parameter.copy_(parameter.main_grad)
-    return {"columns": found, "gradients": {name: tensor.clone() for name, tensor in engine.gathered()}}
+    return {"columns": found, "gradients": gradients_of(engine)}
 
 
 def reference(path: str) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
@@ -164,7 +167,7 @@ def test_an_exported_classifier_scores_the_same_in_vllm(tmp_path: Path) -> None:
 
 
 def step(engine: Any) -> float:
-    made = [batch([0, 1, 2, 3], engine.groups.token_multiple)]
+    made = [batch([0, 1, 2, 3], engine.groups)]
     return engine.train_step(made, loss, learning_rate=1e-2, counts=Counts(tokens=1, sequences=1)).grad_norm
 
 
@@ -179,7 +182,7 @@ def resumed(path: str, layout: Layout, directory: str) -> None:
     assert all(torch.equal(tensor, weights[name]) for name, tensor in other.gathered())
 
 
-@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2), Layout(pp=2), Layout(dp=2)], ids=str)
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True), Layout(pp=2, vpp=2), Layout(dp=2)], ids=str)
 def test_a_resumed_critic_goes_on_bitwise(tmp_path: Path, layout: Layout) -> None:
     path = save_tiny_model("qwen2", tmp_path / "model")
     run_ranks(layout.world, resumed, path, layout, str(tmp_path / "checkpoint"))

@@ -15,8 +15,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     DeepseekV2Config,
     DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
     LlamaConfig,
+    MistralConfig,
     MixtralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -44,10 +49,36 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.5, 2.0],
+    long_factor=[2.0, 3.0, 5.0],
+)
+GEMMA2_CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+GEMMA3_ROPE = dict(
+    full_attention=dict(rope_type="linear", factor=4.0, rope_theta=1e5),
+    sliding_attention=dict(rope_type="default", rope_theta=100.0),
+)
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZES, head_dim=12, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "phi3": lambda: Phi3Config(
+        **SIZES, original_max_position_embeddings=16, sliding_window=20, rope_parameters=LONGROPE
+    ),
+    "glm4": lambda: Glm4Config(**SIZES, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=12, query_pre_attn_scalar=20, sliding_window=6, **GEMMA2_CAPS),
+    "gemma3_text": lambda: Gemma3TextConfig(
+        **SIZES | {"num_key_value_heads": 1},
+        head_dim=12,
+        query_pre_attn_scalar=20,
+        sliding_window=6,
+        sliding_window_pattern=3,
+        rope_parameters=GEMMA3_ROPE,
+    ),
 }
 # More experts than a rank has, dense layers between, weights that are divided by their sum and such that are not.
 QWEN_EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20)
@@ -150,3 +181,15 @@ def as_saved(model: torch.nn.Module, value: Callable[[torch.Tensor], torch.Tenso
 def load_reference(path: str) -> torch.nn.Module:
     """The same model in transformers, fp32, plain attention."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+class TinyModels(dict[str, str]):
+    """Family -> directory of its tiny model, written when it is first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+
+    def __missing__(self, family: str) -> str:
+        self[family] = save_tiny_model(family, self._directory / family)
+        return self[family]

@@ -14,6 +14,7 @@ platform=${1:-}
 [[ -z ${2:-} || $2 == --test ]] || fail "option '$2': bash tools/install.sh {cpu|cuda} [--test]"
 pins=tools/requirements-$platform.txt
 test_pins=tools/requirements-test.txt
+megatron_pins=tools/requirements-megatron-newest.txt
 
 # A stamp in .venv holds the checksum of what was installed there, and where: a moved .venv does not work.
 checksum() { { cat "$@" tools/install.sh; pwd; } | cksum; }
@@ -66,4 +67,16 @@ if [[ ${2:-} == --test ]] && ! is_current "$platform-test" "$test_pins" "$pins";
     echo "megalign: installing $test_pins"
     install -r "$test_pins" || fail "installing $test_pins failed: pip's own message is above"
     checksum "$test_pins" "$pins" > ".venv/.$platform-test"
+fi
+
+# A directory for PYTHONPATH, as .venv's own Megatron-Core stays the pinned one. pip takes a wheel of another Python's
+# when it is told that version, binaries alone, and not to look at this Python's.
+if [[ ${2:-} == --test ]] && ! is_current megatron-newest "$megatron_pins"; then
+    echo "megalign: installing $megatron_pins"
+    target=.venv/megatron-$(sed -n 's/^megatron-core==//p' "$megatron_pins")
+    rm -rf .venv/megatron-*
+    other_python=(--python-version 3.12 --only-binary :all: --ignore-requires-python)
+    install -r "$megatron_pins" --target "$target" "${other_python[@]}" ||
+        fail "installing $megatron_pins failed: pip's own message is above"
+    checksum "$megatron_pins" > .venv/.megatron-newest
 fi

@@ -85,6 +85,14 @@ class GRPOConfig(GroupConfig, CorrectionConfig):
     entropy_target: float = option(0.2, minimum=0)
     """Entropy per token, in nats, that use_adaptive_entropy holds; start from the entropy that is logged."""
 
+    cast_lm_head_to_fp32: bool = False
+    """Keep the head's weight (with tied embeddings theirs) in fp32 in a bf16 model, and compute the logits in fp32."""
+
+    @property
+    def head_in_fp32(self) -> bool:
+        """Whether the language model's head is fp32 in a bf16 model."""
+        return self.cast_lm_head_to_fp32
+
     def __post_init__(self) -> None:
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = _SCALES[self.scale_rewards]

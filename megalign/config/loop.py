@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalign.config.base import Config, config
+from megalign.config.base import config
+from megalign.config.compute import ComputeConfig
 from megalign.config.refused import MODEL_INIT, is_inert
 from megalign.config.values import option
 from megalign.errors import UserError
@@ -25,7 +26,7 @@ _SCHEDULES = (
 
 
 @config
-class LoopConfig(Config):
+class LoopConfig(ComputeConfig):
     """Model, data, batch sizes, AdamW, schedule, logging, evaluation, checkpoints."""
 
     model_name_or_path: str | None = None
@@ -39,6 +40,13 @@ class LoopConfig(Config):
         why="dropout would make logprobs of the same tokens differ by noise, so it is never applied",
     )
     """Models run without dropout. TRL's default is False for GRPO and RLOO."""
+    router_aux_loss_coef: float | None = option(None, minimum=0)
+    """Of a model with experts, what its load-balancing loss is multiplied by where it is added to the loss: the mean,
+    over the layers with experts, of num_experts * sum over experts of (choices of it / tokens) * (its mean
+    probability), over all tokens of a microbatch, which count by their number. transformers' load_balancing_loss_func
+    is this for one layer, and averages over layers before it multiplies; Megatron's moe_aux_loss_coeff is this times
+    the number of layers / num_experts_per_tok. None and 0 are off, since with it a step depends on its microbatches;
+    TRL's None takes the coefficient of the model's config."""
     dataset_name: str | list[str] | None = None
     """Rows to train on: a local .jsonl or .parquet file, a directory, or a hub name; several of them are one
     after another, or mixed as dataset_weights says."""
@@ -95,17 +103,6 @@ class LoopConfig(Config):
     """Seed of initialisation, data order and sampling."""
     data_seed: int | None = option(None, minimum=0)
     """Seed of the data order alone; seed when not given."""
-    bf16: bool | None = None
-    """Weights and activations in bfloat16 with fp32 master weights and fp32 gradients; False is fp32
-    throughout. Not given: True on CUDA, False on CPU. (TRL's True keeps fp32 weights under autocast: twice
-    the memory.)"""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass instead of keeping them: less memory, more arithmetic.
-    recompute_granularity says which."""
-    recompute_granularity: str | None = option(None, choices=("full", "selective"))
-    """What gradient_checkpointing recomputes: selective (the core attention; also when not given) or full
-    (whole layers)."""
-
     logging_strategy: str = option("steps", choices=_INTERVALS)
     """When metrics go to the progress display, the reporters and metrics.jsonl: no, steps or epoch."""
     logging_steps: float = option(10.0, above=0)
@@ -178,16 +175,6 @@ class LoopConfig(Config):
         return dtype
 
     @property
-    def params_dtype_name(self) -> str:
-        """The dtype of weights and activations: "bfloat16" or "float32"."""
-        if self.bf16 is None:
-            # Imported here: --help and a wrong flag must answer without torch.
-            from megalign.device import on_cuda
-
-            return "bfloat16" if on_cuda() else "float32"
-        return "bfloat16" if self.bf16 else "float32"
-
-    @property
     def engines_sleep(self) -> bool:
         """Whether engines hand their memory over between phases; only jobs that also generate do."""
         return False
@@ -213,11 +200,6 @@ class LoopConfig(Config):
         self._validate_datasets()
         if self.max_steps == 0:
             raise UserError("max_steps=0 leaves nothing to train; give a number above 0, or -1 for num_train_epochs")
-        if self.recompute_granularity and not self.gradient_checkpointing:
-            raise UserError(
-                f"recompute_granularity={self.recompute_granularity!r} contradicts gradient_checkpointing=False; "
-                "drop one of them"
-            )
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and value > 1 and value != int(value):

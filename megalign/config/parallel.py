@@ -59,6 +59,11 @@ class ParallelConfig(Config):
         """Model chunks on each pipeline stage."""
         return self.virtual_pipeline_model_parallel_size or 1
 
+    @property
+    def token_unit(self) -> int:
+        """The tokens that a rank computes on are a multiple of this; the precision says which."""
+        return 1
+
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in a job of `world_size` ranks."""
         return world_size // self.model_parallel_size

@@ -104,7 +104,6 @@ _ONLINE: Mapping[str, Refusal] = TRAINING | {
 }
 
 GRPO: Mapping[str, Refusal] = _ONLINE | {
-    "cast_lm_head_to_fp32": Refusal("the softmax is in fp32 as it is", "bf16", (False,)),
     "vllm_importance_sampling_cap": Refusal("TRL renamed it", "vllm_importance_sampling_clip_max", (None,)),
 }
 

@@ -11,7 +11,6 @@ SPLIT = "the model is split by Megatron, with no second framework beside it"
 LORA = "adapters are not built yet; training is of all parameters"
 _LOADER = "rows are tokenized once before training, so there is no data loader with workers"
 _QUANT = "quantized training is not built yet"
-_MOE = "mixture-of-experts models are not built yet"
 _BEST = "checkpoints are kept by age; keeping the best one is not built yet"
 _PREDICTIONS = "evaluation yields metrics and keeps no predictions"
 _DEVICE = "ranks use CUDA where torch sees a GPU and the CPU elsewhere (CUDA_VISIBLE_DEVICES= hides the GPUs)"
@@ -46,7 +45,6 @@ TRAINING: Mapping[str, Refusal] = (
         ),
         "label_smoothing_factor": Refusal(NOT_BUILT, "weight_decay", (0, 0.0)),
         "neftune_noise_alpha": Refusal(NOT_BUILT, "weight_decay", (None,)),
-        "router_aux_loss_coef": Refusal(_MOE, "tensor_model_parallel_size", (None,)),
         # precision and memory
         "fp16": Refusal("fp16 needs loss scaling, which is not built", "bf16", (False,)),
         "fp16_full_eval": Refusal("evaluation uses the training precision", "bf16", (False,)),
@@ -57,7 +55,6 @@ TRAINING: Mapping[str, Refusal] = (
             "recompute_granularity",
             (None, {}, {"use_reentrant": False}, {"use_reentrant": True}),
         ),
-        "activation_offloading": Refusal(NOT_BUILT, "gradient_checkpointing", (False,)),
         "torch_compile": Refusal("Megatron's layers are not compiled", "bf16", (False,)),
         "torch_compile_backend": Refusal("Megatron's layers are not compiled", "bf16", (None,)),
         "torch_compile_mode": Refusal("Megatron's layers are not compiled", "bf16", (None,)),
@@ -76,7 +73,7 @@ TRAINING: Mapping[str, Refusal] = (
         "use_cpu": Refusal(_DEVICE, "bf16", (False,)),
         # model
         "trust_remote_code": Refusal(
-            "no code from a checkpoint is run; llama, qwen2 and qwen3 are built in",
+            "no code from a checkpoint is run; the supported families are built in",
             "model_name_or_path",
             (False,),
         ),
@@ -105,17 +102,10 @@ TRAINING: Mapping[str, Refusal] = (
         "ddp_static_graph": Refusal("Megatron's DDP has no such mode", "use_distributed_optimizer", (None, False)),
         "ddp_backend": Refusal("NCCL on CUDA, gloo on CPU", "ddp_timeout", (None,)),
         "local_rank": Refusal("torchrun or Slurm gives it to each process", "tensor_model_parallel_size", (-1,)),
-        "overlap_grad_reduce": Refusal(NOT_BUILT, "use_distributed_optimizer", (False,)),
-        "overlap_param_gather": Refusal(NOT_BUILT, "use_distributed_optimizer", (False,)),
-        "tp_comm_overlap": Refusal("it needs Transformer Engine", "tensor_model_parallel_size", (False,)),
-        "recompute_method": Refusal(
-            "full recomputation is uniform, layer by layer", "recompute_granularity", (None, "uniform")
+        "tp_comm_overlap": Refusal(
+            "its buffers hold one fixed number of tokens, and packed batches differ", "sequence_parallel", (False,)
         ),
-        "recompute_num_layers": Refusal(
-            "full recomputation is uniform, layer by layer", "recompute_granularity", (None, 1)
-        ),
-        "recompute_modules": Refusal("selective recomputes the core attention", "recompute_granularity", (None,)),
-        "fp8": Refusal(NOT_BUILT, "bf16", (None, False)),
+        "fp8_param_gather": Refusal("weights stay in bfloat16", "fp8", (False,)),
         "fp4": Refusal(NOT_BUILT, "bf16", (None, False)),
         # data
         "dataset_streaming": Refusal("its name is streaming", "streaming", (False,)),

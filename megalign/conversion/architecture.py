@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megalign.errors import UserError
 
 LayerKind = Literal["dense", "moe"]
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +117,37 @@ class Architecture:
     norm_epsilon: float
     rotary_base: float
     rope_scaling: Mapping[str, Any] | None = None
-    """None, or {"rope_type": "linear", "factor"}, or {"rope_type": "llama3", "factor", "low_freq_factor",
-    "high_freq_factor", "original_max_position_embeddings"}; with latent attention None or {"rope_type": "yarn",
-    "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}."""
+    """None, or what conversion.rope reads: {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}.
+    With latent attention only "yarn", with "mscale" and "mscale_all_dim" as families.latent reads them."""
+    rotary_percent: float = 1.0
+    """The share of each head, from its begin, that is rotated."""
+    rotary_interleaved: bool = False
+    """Pairs are neighbours instead of the two halves."""
+    local_rotary_base: float | None = None
+    """Of the layers with a sliding window, without scaling, where they differ from the others."""
+    sliding_window: int | None = None
+    """How many tokens, its own among them, a token sees in the `sliding_layers`."""
+    sliding_layers: frozenset[int] = frozenset()
+    softmax_scale: float | None = None
+    """Of the attention's scores; None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores become softcap * tanh(score / softcap) before the mask."""
+    logit_softcap: float | None = None
+    """The same for the language model's logits."""
+    activation: Activation = "silu"
+    """Of the gate."""
+    zero_centered_norms: bool = False
+    """Norms multiply by 1 + weight, in fp32."""
+    sandwich_norms: bool = False
+    """A norm after attention and after the feed-forward part as well, before each is added."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by, in their dtype."""
     qkv_bias: bool = False
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys."""
     tied_embeddings: bool = False
+    head_bias: bool = False
+    """A bias on the language model's head."""
     pad_token_id: int | None = None
     """The token whose embedding gets no gradient as an input; transformers gives its embedding this padding_idx."""
     num_labels: int | None = None
@@ -143,6 +168,15 @@ class Architecture:
         """What the feed-forward part of a (global) layer is."""
         return "dense" if self.moe is None or layer in self.moe.dense_layers else "moe"
 
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a (global) layer; None: all tokens before."""
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Rotated dims of a head."""
+        return int(self.head_dim * self.rotary_percent)
+
     @property
     def one(self) -> int:
         """Rows of a vector that is kept as a matrix."""
@@ -158,10 +192,20 @@ class Architecture:
         """Rows of the key projection, and of the value projection."""
         return self.num_query_groups * self.head_dim
 
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the three projections in one tensor."""
+        return self.query_size + 2 * self.kv_size
+
+    @property
+    def gate_up_size(self) -> int:
+        """Rows of gate and up projection in one tensor."""
+        return 2 * self.ffn_hidden_size
+
     def padded_vocab_size(self, tp_size: int) -> int:
         """The vocabulary rounded up to a multiple of the tensor-parallel size."""
         return -(-self.vocab_size // tp_size) * tp_size
 
     def with_score_head(self) -> Architecture:
         """The same decoder with a head of one output: a reward model or a critic."""
-        return replace(self, num_labels=1, tied_embeddings=False)
+        return replace(self, num_labels=1, tied_embeddings=False, head_bias=False)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,7 @@ class HfWriter:
         self._shards: list[list[str]] = []
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
-        self._dtypes: set[torch.dtype] = set()
+        self._dtypes: Counter[torch.dtype] = Counter()
         # On the target's file system, so that files are renamed and never copied.
         home = self.path if self.path.exists() else self.path.parent
         self._partial = home / f".{self.path.name}.partial"
@@ -144,7 +145,7 @@ class HfWriter:
         self._pending[name] = copied
         self._pending_bytes += copied.nbytes
         self._total_bytes += copied.nbytes
-        self._dtypes.add(copied.dtype)
+        self._dtypes[copied.dtype] += 1
 
     def close(self) -> None:
         """Writes the rest, and moves the whole to its place."""
@@ -170,8 +171,9 @@ class HfWriter:
 
     def _write_config(self) -> None:
         config = read_config(self.source) | self._config_changes
-        if len(self._dtypes) == 1:
-            name = str(next(iter(self._dtypes))).removeprefix("torch.")
+        if self._dtypes:
+            # A head in fp32 leaves the model what it is.
+            name = str(self._dtypes.most_common(1)[0][0]).removeprefix("torch.")
             # transformers before 4.56 knows only torch_dtype: renew the key that the source has.
             keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
             config.update(dict.fromkeys(keys, name))

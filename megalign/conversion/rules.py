@@ -156,6 +156,11 @@ class Vocab(Rule):
         """[vocabulary, hidden]."""
         return cls(megatron, (HfTensor(hf, ("vocab_size", "hidden_size")),), duplicate=duplicate)
 
+    @classmethod
+    def bias(cls, megatron: str, hf: str) -> Vocab:
+        """[vocabulary]: a head's bias."""
+        return cls(megatron, (HfTensor(hf, ("vocab_size",)),))
+
     def length(self, architecture: Architecture, tp_size: int) -> int:
         """See Rule.length."""
         return architecture.padded_vocab_size(tp_size)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
+from megalign.model.extensions import fuses_gradient_accumulation
+from megalign.model.fp8 import fp8
+from megalign.model.layer_spec import TRANSFORMER_ENGINE, transformer_impl
+from megalign.model.recomputation import recomputation
 from megalign.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
 
 PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def transformer_config(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> TransformerConfig:
     """Megatron's configuration of the model at this layout; UserError where sizes do not divide."""
     check_layout(architecture, args, groups)
     dtype = PARAMS_DTYPES[args.params_dtype_name]
-    granularity = (args.recompute_granularity or "selective") if args.gradient_checkpointing else None
-    recompute = {"recompute_method": "uniform", "recompute_num_layers": 1} if granularity == "full" else {}
+    implementation = transformer_impl(args, architecture)
+    uses_te = implementation == TRANSFORMER_ENGINE
     kind = TransformerConfig if architecture.mla is None else MLATransformerConfig
     return kind(
         num_layers=architecture.num_layers,
@@ -37,7 +41,9 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         layernorm_epsilon=architecture.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[architecture.activation],
+        layernorm_zero_centered_gamma=architecture.zero_centered_norms,
+        softmax_scale=architecture.softmax_scale,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm or architecture.mla is not None,
@@ -64,12 +70,16 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        recompute_granularity=granularity,
-        **recompute,
+        transformer_impl=implementation,
+        moe_grouped_gemm=uses_te and architecture.moe is not None,
+        **recomputation(args, architecture, implementation),
+        **fp8(args, architecture, implementation, groups.tp.size),
+        # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
+        # hook is another object.
+        gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
         **_latent_attention(architecture),
-        **_experts(architecture),
+        **_experts(architecture, args),
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
-        gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -98,10 +108,15 @@ def _latent_attention(architecture: Architecture) -> dict[str, Any]:
     return {**fields, **yarn, "rope_type": "yarn", "rotary_scaling_factor": scaling["factor"]}
 
 
-def _experts(architecture: Architecture) -> dict[str, Any]:
+def _experts(architecture: Architecture, args: LoopConfig) -> dict[str, Any]:
     """The fields of a model with experts; which of them a token chooses is model.experts.TokenRouter's matter."""
     experts = architecture.moe
     if experts is None:
+        if args.router_aux_loss_coef:
+            raise UserError(
+                f"router_aux_loss_coef={args.router_aux_loss_coef} balances the experts of a model, and "
+                f"{architecture.family} has none; drop it"
+            )
         return {}
     kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
     return {
@@ -110,6 +125,7 @@ def _experts(architecture: Architecture) -> dict[str, Any]:
         "moe_router_topk": experts.top_k,
         # Megatron's own load balancing and its limits: TokenRouter has its own, and no token is ever dropped.
         "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": (args.router_aux_loss_coef or 0.0) / max(kinds.count("moe"), 1),
         "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32" if experts.router_in_fp32 else None,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
@@ -193,23 +209,3 @@ def _check_experts(architecture: Architecture, args: LoopConfig, groups: Paralle
             f"the shared expert's intermediate size {shared} is not divisible by tensor_model_parallel_size "
             f"{groups.tp.size}; use a smaller one"
         )
-
-
-def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """[head_dim / 2] float32 rotary frequencies, Llama 3's and linear scaling as transformers computes them."""
-    dim = architecture.head_dim
-    frequencies = 1.0 / (architecture.rotary_base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
-    scaling = architecture.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    assert scaling["rope_type"] == "llama3", scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / frequencies
-    smooth = (original / wavelength - low) / (high - low)
-    scaled = torch.where(wavelength > original / low, frequencies / scaling["factor"], frequencies)
-    smoothed = (1 - smooth) * scaled / scaling["factor"] + smooth * scaled
-    between = (wavelength >= original / high) & (wavelength <= original / low)
-    return torch.where(between, smoothed, scaled)

@@ -1,9 +1,13 @@
-"""Causal attention inside each sequence of a packed batch, on torch's scaled_dot_product_attention."""
+"""Causal attention inside each sequence of a packed batch, on torch's scaled_dot_product_attention.
+
+Queries and keys are rotated here as well. Where torch's causal mask does not do (a sliding window, capped scores)
+queries are answered in blocks, so that no mask or score matrix of a whole sequence exists.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +15,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
 from megalign.batch import Batch
 from megalign.parallel import context
 from megalign.parallel.groups import Axis
+
+if TYPE_CHECKING:
+    from megalign.model.rotary import Rotary
+
+BLOCK = 512
+"""Queries of a block."""
 
 
 @dataclass
@@ -24,17 +35,23 @@ class PackedSequences(PackedSeqParams):
     lengths: tuple[int, ...] = ()
     cp: Axis | None = None
     order: Tensor | None = None  # [T] context.whole_order, when cp has several ranks
+    rotary: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # Rotary's tables
 
     @classmethod
     def of(cls, batch: Batch, cp: Axis) -> PackedSequences:
-        """The parameters of a Batch; `max_seqlen` is the true longest sequence (rope restarts at each)."""
+        """The parameters of a Batch; `max_seqlen` is the true longest sequence."""
         lengths = tuple(batch.cu_seqlens.diff().tolist())
         longest = max(lengths)
         order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
+        # Transformer Engine's context parallelism asks for them; without it they would only cost it a comparison on
+        # the device in each layer. A tail that pads T is a sequence of its own, so both are the same.
+        padded = batch.cu_seqlens if cp.size > 1 else None
         return cls(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=lengths,
@@ -50,6 +67,8 @@ class PackedSequences(PackedSeqParams):
 class PackedAttention(nn.Module):
     """softmax(q k^T * scale) v within each sequence; grouped queries without repeating keys.
 
+    With a `window` a token sees that many tokens, itself included; with a `softcap` scores become
+    softcap * tanh(score / softcap).
     Under context parallelism every rank gathers all keys and values, and answers its own queries.
     """
 
@@ -60,10 +79,15 @@ class PackedAttention(nn.Module):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        *,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
         self._scale = softmax_scale  # None: 1 / sqrt(head_dim)
+        self.rotary, self._window, self._softcap = rotary, window, softcap
 
     def forward(
         self,
@@ -77,6 +101,8 @@ class PackedAttention(nn.Module):
         **_: Any,
     ) -> Tensor:
         assert packed_seq_params is not None, "every batch is packed"
+        if self.rotary is not None:
+            query, key = self.rotary(query, key, packed_seq_params)
         dtype = query.dtype
         if not query.is_cuda and dtype is torch.bfloat16:
             # torch's CPU kernel takes 3.5 times as long for bf16's backward as for fp32's.
@@ -94,6 +120,37 @@ class PackedAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last of the keys' positions."""
+        if self._softcap is None and (self._window is None or len(key) <= self._window):
+            return self._attend_causally(query, key, value)
+        if len(query) <= BLOCK:
+            return self._attend_block(query, key, value)
+        before, parts = len(key) - len(query), []
+        for first in range(0, len(query), BLOCK):
+            block = query[first : first + BLOCK]
+            end = before + first + len(block)
+            start = 0 if self._window is None else max(0, before + first - self._window + 1)
+            # A block's scores are made again in backward: those of all blocks are what must not exist.
+            given = (self._attend_block, block, key[start:end], value[start:end])
+            parts.append(checkpoint(*given, use_reentrant=False) if torch.is_grad_enabled() else given[0](*given[1:]))
+        return torch.cat(parts)
+
+    def _attend_block(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """By an explicit mask, all scores at once."""
+        keys = torch.arange(len(key), device=key.device)
+        distance = keys[len(key) - len(query) :, None] - keys
+        seen = distance >= 0 if self._window is None else (distance >= 0) & (distance < self._window)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        if self._softcap is None:
+            grouped = query.shape[1] != key.shape[1]
+            attended = F.scaled_dot_product_attention(query, key, value, seen, scale=self._scale, enable_gqa=grouped)
+            return attended[0].transpose(0, 1)
+        grouped = query.unflatten(1, (key.shape[1], -1))  # [1, groups, heads / groups, queries, head_dim]
+        scale = query.shape[-1] ** -0.5 if self._scale is None else self._scale
+        scores = self._softcap * torch.tanh(grouped @ key[:, :, None].mT * (scale / self._softcap))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+        return (weights @ value[:, :, None])[0].flatten(0, 1).transpose(0, 1)
+
+    def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         whole = len(query) == len(key)
         return F.scaled_dot_product_attention(
             *(x.transpose(0, 1)[None] for x in (query, key, value)),

@@ -10,11 +10,11 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from torch import Tensor, empty, nn, where
+from torch import Tensor, empty, nn, tensor, where
 
 from megalign import device
 from megalign.conversion.architecture import Architecture
-from megalign.model.architecture import inverse_frequencies, transformer_config
+from megalign.model.architecture import transformer_config
 from megalign.model.experts import mark_experts
 from megalign.model.layer_spec import layer_spec
 from megalign.parallel.groups import Axis, ParallelGroups
@@ -62,11 +62,13 @@ class ScoreHead(nn.Module):
 def build_model(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> list[HiddenStatesModel]:
     """The model chunks of this rank, without weights: `resharding.load` fills them."""
     config = transformer_config(architecture, args, groups)
-    return [_build_chunk(number, architecture, config, groups) for number in range(args.num_chunks)]
+    # A score head is computed in fp32 as it is.
+    head_in_fp32 = args.head_in_fp32 and architecture.num_labels is None
+    return [_build_chunk(number, architecture, config, groups, head_in_fp32) for number in range(args.num_chunks)]
 
 
 def _build_chunk(
-    number: int, architecture: Architecture, config: TransformerConfig, groups: ParallelGroups
+    number: int, architecture: Architecture, config: TransformerConfig, groups: ParallelGroups, head_in_fp32: bool
 ) -> HiddenStatesModel:
     """Chunk `number` of this stage: the first chunk of all has the embedding, the last of all the head."""
     chunks = config.virtual_pipeline_model_parallel_size
@@ -81,25 +83,53 @@ def _build_chunk(
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=is_first,
             post_process=is_last,
-            position_embedding_type="rope",
-            rotary_base=architecture.rotary_base,
+            position_embedding_type="none",  # our attention rotates, see model.rotary
             share_embeddings_and_output_weights=architecture.tied_embeddings,
             vp_stage=vp_stage,
         )
         if architecture.num_labels is not None and is_last:
             model.output_layer = ScoreHead(config, architecture.num_labels)
+        if architecture.head_bias and is_last:
+            _add_head_bias(model, architecture.padded_vocab_size(groups.tp.size) // groups.tp.size)
         model.to(device.device())
+        if architecture.embedding_scale is not None and is_first:
+            model.embedding.word_embeddings.register_forward_hook(_scaled_by(architecture.embedding_scale))
         if architecture.pad_token_id is not None and is_first:
             model.embedding.word_embeddings.register_forward_hook(
                 _without_gradient_of(architecture.pad_token_id, groups.tp if config.sequence_parallel else None)
             )
+    if head_in_fp32:
+        _keep_head_in_fp32(model)
     _mark_tensor_parallel(model)
     mark_experts(model)
-    if architecture.mla is not None:
-        return model  # its attention has the rotary module
-    # Megatron's own scaling knows one set of Llama 3 constants only.
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(architecture).to(device.device())
+    for layer in model.decoder.layers:
+        assert hasattr(layer.self_attention.core_attention, "rotary"), "Megatron rotates nothing: its attention must"
     return model
+
+
+def _scaled_by(scale: float) -> Callable[..., Tensor]:
+    """A forward hook of the embedding. The scale is rounded to the embeddings' dtype, as in Gemma's training."""
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], embedded: Tensor) -> Tensor:
+        return embedded * tensor(scale, dtype=embedded.dtype, device=embedded.device)
+
+    return hook
+
+
+def _add_head_bias(model: HiddenStatesModel, rows: int) -> None:
+    """[padded V / tp]; GPTModel builds its head without one."""
+    model.output_layer.bias = nn.Parameter(empty(rows, dtype=model.config.params_dtype))
+    model.output_layer.bias.allreduce = True  # as Megatron marks what no expert holds
+
+
+def _keep_head_in_fp32(model: HiddenStatesModel) -> None:
+    """TRL's cast_lm_head_to_fp32: with tied embeddings the one weight is fp32, and only what it embeds is not."""
+    if model.post_process:
+        model.output_layer.float()
+    if model.share_embeddings_and_output_weights and model.pre_process:
+        dtype = model.config.params_dtype
+        model.embedding.word_embeddings.float()
+        model.embedding.word_embeddings.register_forward_hook(lambda _, inputs, embedded: embedded.to(dtype))
 
 
 def _without_gradient_of(pad_token_id: int, scattered: Axis | None) -> Callable[..., Tensor]:

@@ -24,6 +24,7 @@ def language_model_columns(
     groups: ParallelGroups,
     vocab_size: int,
     extras: tuple[str, ...] = (),
+    softcap: float | None = None,
 ) -> dict[str, Tensor]:
     """logprobs, entropy, argmax_correct and the extras (vocab.EXTRAS), [T] float32 each, 0 off the loss mask.
 
@@ -38,7 +39,7 @@ def language_model_columns(
     rows = (following < batch.num_tokens).logical_and_(mask[following.clamp(max=batch.num_tokens - 1)]).nonzero()[:, 0]
     targets = following[rows]
     scores = vocab.token_scores(
-        hidden[:, 0].index_select(0, rows),
+        hidden[:, 0].index_select(0, rows).to(model.head_weight.dtype),
         model.head_weight,
         batch.tokens[targets],
         temperature=batch.per_token(batch["temperature"])[targets] if "temperature" in batch else None,
@@ -46,6 +47,7 @@ def language_model_columns(
         tp=groups.tp,
         bias=model.head_bias,
         extras=extras,
+        softcap=softcap,
     )
     found = {name: score for name, score in scores._asdict().items() if score is not None}
     return dict(zip(found, _whole(list(found.values()), targets, batch, groups), strict=True))

@@ -1,41 +1,65 @@
-"""Which modules a transformer layer is made of: plain torch ones, given to Megatron through its layer spec.
+"""Which modules a transformer layer is made of, chosen here only: Transformer Engine's, or plain torch ones.
 
 Megatron's own local spec refuses packed sequences, sequence and context parallelism; its norm and its
-attention are replaced here, and nothing else. Parameter names stay Megatron's.
+attention are replaced here, and nothing else. Checkpoints have the same names whichever spec wrote them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor, nn, ones
 
 from megalign.conversion.architecture import Architecture, LayerKind
+from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
-from megalign.model.experts import route_by
+from megalign.model.experts import TokenRouter
+from megalign.model.extensions import has_transformer_engine
 from megalign.model.latent_attention import PackedLatentAttention
+from megalign.model.norms import NormedRowParallelLinear, RMSNorm
+from megalign.model.rotary import Rotary
+
+if TYPE_CHECKING:
+    from megalign.config import LoopConfig
+
+TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"  # Megatron's words
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (arXiv 1910.07467) with the constructor that Megatron's layers call."""
+def transformer_impl(args: LoopConfig, architecture: Architecture) -> str:
+    """`args.transformer_impl`, "auto" resolved: Transformer Engine on a GPU, where it has what the model needs."""
+    lacks = _not_in_transformer_engine(architecture)
+    if args.transformer_impl == "auto":
+        return TRANSFORMER_ENGINE if has_transformer_engine() and not lacks else LOCAL
+    if args.transformer_impl == TRANSFORMER_ENGINE and lacks:
+        raise UserError(
+            f"transformer_impl='transformer_engine' has no {' and no '.join(lacks)}, which {architecture.family} "
+            "needs; use 'local' or 'auto'"
+        )
+    if args.transformer_impl == TRANSFORMER_ENGINE and not has_transformer_engine():
+        missing = "a GPU, and torch sees none" if HAVE_TE else "Transformer Engine, which cannot be imported"
+        way_out = "run it on a GPU" if HAVE_TE else "install it (pip install --no-build-isolation transformer-engine)"
+        raise UserError(f"transformer_impl='transformer_engine' needs {missing}; {way_out}, or use 'local'")
+    return args.transformer_impl
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums this gradient over tensor ranks when each saw only its part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        # In fp32 and rounded before the weight, as transformers does: bf16 must not round twice.
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps).to(hidden.dtype)
-        return normed * self.weight
+def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
+    """What the model needs and only the plain layers have."""
+    needs = {
+        "sliding window that differs by layer": architecture.sliding_layers,
+        "cap on attention scores": architecture.attention_softcap,
+        "norm behind attention and feed-forward part": architecture.sandwich_norms,
+        "latent attention that rotates a part of the head by itself": architecture.mla,
+    }
+    return [name for name, needed in needs.items() if needed]
 
 
 def layer_spec(
@@ -44,25 +68,34 @@ def layer_spec(
     """The layers of this pipeline stage, or of its chunk `vp_stage`."""
     first = get_transformer_layer_offset(config, vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    uses_te = config.transformer_impl == TRANSFORMER_ENGINE
+    layer = _transformer_engine_layer if uses_te else _local_layer
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(config, architecture, architecture.layer_kind(layer)) for layer in layers],
-        layer_norm=RMSNorm,
+        layer_specs=[layer(config, architecture, number) for number in layers],
+        layer_norm=TENorm if uses_te else RMSNorm,
     )
 
 
-def _fused_norms(kind: LayerKind, *, latent: bool) -> dict[str, str]:
-    """How checkpoints name the norms that Transformer Engine fuses into the linear behind them."""
-    attention = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if latent:
-        names = (("q", "q_up"), ("kv", "kv_up"))
-        attention = {
-            f"self_attention.{norm}_layernorm.": f"self_attention.linear_{up}_proj.layer_norm_" for norm, up in names
-        }
-    # A router and experts stand behind this norm, and no linear.
-    return attention if kind == "moe" else {**attention, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+def _transformer_engine_layer(config: TransformerConfig, architecture: Architecture, number: int) -> ModuleSpec:
+    """Its norms, fused attention, linears with the norm before them, and grouped experts; the (global) layer."""
+    from megalign.model.te_attention import RotatedAttention  # exists only where Transformer Engine does
+
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts if architecture.layer_kind(number) == "moe" else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    if architecture.layer_kind(number) == "moe":
+        _submodules(layer.submodules.mlp).router = partial(TokenRouter, experts=architecture.moe)
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
+    return layer
 
 
-def _layer(config: TransformerConfig, architecture: Architecture, kind: LayerKind) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, architecture: Architecture, number: int) -> ModuleSpec:
+    """The (global) layer `number`."""
+    kind = architecture.layer_kind(number)
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if kind == "moe" else None,
         normalization="RMSNorm",
@@ -71,14 +104,43 @@ def _layer(config: TransformerConfig, architecture: Architecture, kind: LayerKin
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     if kind == "moe":
-        route_by(parts.mlp, architecture.moe)
-    parts.sharded_state_dict_keys_map = _fused_norms(kind, latent=architecture.mla is not None)
+        _submodules(parts.mlp).router = partial(TokenRouter, experts=architecture.moe)
     attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
+    attention.core_attention = partial(
+        PackedAttention,
+        rotary=None if architecture.mla else Rotary.of(architecture, number),  # Megatron's latent attention rotates
+        window=architecture.window(number),
+        softcap=architecture.attention_softcap,
+    )
     if architecture.mla is not None:
         parts.self_attention.module = PackedLatentAttention
         attention.q_layernorm = attention.kv_layernorm = RMSNorm
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if architecture.sandwich_norms:
+        attention.linear_proj = _submodules(parts.mlp).linear_fc2 = NormedRowParallelLinear
     return layer
+
+
+def _submodules(spec: Any) -> Any:
+    """The parts of a module, which 0.19 describes by a partial and 0.16 by a ModuleSpec."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
+def fused_norms(config: TransformerConfig, kind: LayerKind) -> dict[str, str]:
+    """A plain layer's norms that Transformer Engine's spec fuses into the linear behind them: name -> its name there.
+
+    Upstream's own table renames the norm before a router as well, which Transformer Engine's spec leaves alone.
+    """
+    attention = "self_attention."
+    if not config.multi_latent_attention:
+        names = {"input_layernorm.": f"{attention}linear_qkv.layer_norm_"}
+    elif config.qk_layernorm:
+        names = {
+            f"{attention}{part}_layernorm.": f"{attention}linear_{part}_up_proj.layer_norm_" for part in ("q", "kv")
+        }
+    else:
+        names = {}
+    return names if kind == "moe" else names | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}

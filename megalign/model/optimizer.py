@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megalign.errors import UserError
+from megalign.model.overlap import reduce_in_last_microbatch
 from megalign.patches.megatron import megatron_calls
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def wrap_for_training(chunks: list[nn.Module], args: LoopConfig) -> list[nn.Modu
         ]
     config.finalize_model_grads_func = finalize_model_grads
     if args.overlap_grad_reduce:
-        waits = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = waits if len(waits) > 1 else waits[0]
+        reduce_in_last_microbatch(config, wrapped)
     return wrapped
 
 
@@ -56,6 +56,7 @@ def build_optimizer(chunks: list[nn.Module], args: LoopConfig) -> MegatronOptimi
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
     )
     with megatron_calls():
         optimizer = get_megatron_optimizer(config, chunks)
@@ -97,7 +98,10 @@ def step(optimizer: MegatronOptimizer, learning_rate: float) -> float:
 
 
 def adam_states(optimizer: MegatronOptimizer) -> list[dict[str, Tensor]]:
-    """AdamW's state of each parameter that this rank updates, filled with zeros before the first step."""
+    """AdamW's state of each parameter that this rank updates, filled with zeros before the first step.
+
+    torch's counts the steps of each parameter there; the fused ones of NVIDIA's libraries count in the group.
+    """
     states = []
     for chained in optimizer.chained_optimizers:
         inner = chained.optimizer
@@ -107,7 +111,8 @@ def adam_states(optimizer: MegatronOptimizer) -> list[dict[str, Tensor]]:
             for parameter in group["params"]:
                 state = inner.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    if isinstance(inner, torch.optim.Adam):  # AdamW is one
+                        state["step"] = torch.tensor(0.0)
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 states.append(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,7 @@ class ParallelGroups:
     ep: Axis  # who shares a layer's experts
     etp: Axis  # who shares an expert's matrices
     copy: Axis  # ranks that together hold the whole model, experts included, as few as there can be
+    token_unit: int = 1  # a multiple of it is what each rank computes on: FP8 products need it
 
     @property
     def is_dp_leader(self) -> bool:
@@ -58,9 +59,14 @@ class ParallelGroups:
         return self.pp.rank == self.pp.size - 1
 
     @property
+    def experts_span_replicas(self) -> bool:
+        """Whether ranks of several data-parallel replicas share experts: they then run microbatches together."""
+        return self.tp.size * self.cp.size % (self.ep.size * self.etp.size) != 0
+
+    @property
     def token_multiple(self) -> int:
-        """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly."""
-        return self.tp.size * self.sequence_multiple
+        """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly, into units."""
+        return self.tp.size * math.lcm(self.sequence_multiple, self.cp.size * self.token_unit)
 
     @property
     def sequence_multiple(self) -> int:
@@ -77,6 +83,10 @@ def initialize(args: ParallelConfig, *, timeout_s: float = 1800) -> ParallelGrou
 
     The same layout again gives the same groups: each set costs dozens of connections and threads.
     """
+    return replace(_initialize(args, timeout_s), token_unit=args.token_unit)
+
+
+def _initialize(args: ParallelConfig, timeout_s: float) -> ParallelGroups:
     global _made
     megatron_patches.install()
     start_distributed(timeout_s)

@@ -31,6 +31,7 @@ def train(
 
     Returns the metrics of each microbatch on the last stage, an empty list elsewhere.
     """
+    batches = _whole_rounds(chunks, batches, groups)
     # N counts all tokens fed to the model, loss tokens or not: it cancels in our loss, and Megatron's
     # router scales its auxiliary loss by it.
     fed = torch.tensor([sum(batch.num_tokens for batch in batches)], device=device.device())
@@ -54,7 +55,7 @@ def train(
 
         return forward(model, batch), loss_func
 
-    return _run(forward_step, chunks, batches, groups, forward_only=False)
+    return _run(forward_step, chunks, batches, forward_only=False)
 
 
 def evaluate(
@@ -71,18 +72,28 @@ def evaluate(
         return forward(model, batch), columns
 
     with torch.no_grad():
-        results = _run(forward_step, chunks, batches, groups, forward_only=True)[: len(batches)]
+        padded = _whole_rounds(chunks, batches, groups)
+        results = _run(forward_step, chunks, padded, forward_only=True)[: len(batches)]
         return _broadcast_columns(results, batches, groups)
 
 
-def _run(
-    forward_step: Any, chunks: list[nn.Module], batches: list[Batch], groups: ParallelGroups, *, forward_only: bool
-) -> list[Any]:
+def _whole_rounds(chunks: list[nn.Module], batches: list[Batch], groups: ParallelGroups) -> list[Batch]:
+    """With dummies where others wait for this rank's microbatches.
+
+    The interleaved schedule takes them in rounds of one for each stage; replicas that share experts send each other
+    the tokens of each.
+    """
+    count = torch.tensor(len(batches), device=device.device())
+    if groups.experts_span_replicas:
+        dist.all_reduce(count, dist.ReduceOp.MAX, group=groups.dp.group)
+    whole = int(count)
+    whole += -whole % groups.pp.size if len(chunks) > 1 else 0
+    return batches + [Batch.dummy(groups.token_multiple).to(device.device())] * (whole - len(batches))
+
+
+def _run(forward_step: Any, chunks: list[nn.Module], batches: list[Batch], *, forward_only: bool) -> list[Any]:
     assert batches, "a rank without rows feeds Batch.dummy"
     interleaved = len(chunks) > 1
-    if interleaved:  # that schedule takes the microbatches in rounds of one for each stage
-        blank = Batch.dummy(groups.token_multiple).to(device.device())
-        batches = batches + [blank] * (-len(batches) % groups.pp.size)
     with megatron_calls():
         return get_forward_backward_func()(
             forward_step_func=forward_step,

@@ -41,18 +41,22 @@ def token_scores(
     tp: Axis,
     bias: Tensor | None = None,  # [V / tp]
     extras: tuple[str, ...] = (),  # of EXTRAS
+    softcap: float | None = None,
 ) -> TokenScores:
-    """log softmax(hidden @ weight.T / temperature)[labels], its entropy, and whether labels are the argmax."""
+    """log softmax(hidden @ weight.T / temperature)[labels], its entropy, and whether labels are the argmax.
+
+    With a softcap logits are softcap * tanh(logit / softcap), before the temperature.
+    """
     logprobs, entropy, correct, *rest = _TokenScores.apply(
-        hidden, weight, bias, labels, temperature, vocab_size, tp, extras
+        hidden, weight, bias, labels, temperature, vocab_size, tp, extras, softcap
     )
     return TokenScores(logprobs, entropy, correct, **dict(zip(extras, rest, strict=True)))
 
 
 class _TokenScores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, temperature, vocab_size, tp, extras):  # noqa: ANN001, ANN205
-        shard = _Shard(weight, bias, vocab_size, tp)
+    def forward(ctx, hidden, weight, bias, labels, temperature, vocab_size, tp, extras, softcap):  # noqa: ANN001, ANN205
+        shard = _Shard(weight, bias, vocab_size, tp, softcap)
         parts = [
             shard.scores(hidden[rows], labels[rows], None if temperature is None else temperature[rows], extras)
             for rows in _chunks(hidden, weight)
@@ -61,7 +65,7 @@ class _TokenScores(torch.autograd.Function):
         columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
         logprobs, entropy, log_normaliser, *others = columns
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, log_normaliser, entropy)
-        ctx.vocab_size, ctx.tp = vocab_size, tp
+        ctx.vocab_size, ctx.tp, ctx.softcap = vocab_size, tp, softcap
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)  # most losses leave the entropy alone
         return logprobs, entropy, *others
@@ -69,7 +73,7 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy, *_):  # noqa: ANN001, ANN205
         hidden, weight, bias, labels, temperature, log_normaliser, entropy = ctx.saved_tensors
-        shard = _Shard(weight, bias, ctx.vocab_size, ctx.tp)
+        shard = _Shard(weight, bias, ctx.vocab_size, ctx.tp, ctx.softcap)
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_normaliser)
         grad_hidden = torch.zeros_like(hidden)
@@ -97,14 +101,14 @@ class _TokenScores(torch.autograd.Function):
             dist.all_reduce(grad_hidden, group=ctx.tp.group)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 class _Shard:
     """This rank's rows of the head, and the softmax over all of them."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, tp: Axis) -> None:
-        self.weight, self.bias, self.tp = weight, bias, tp
+    def __init__(self, weight: Tensor, bias: Tensor | None, vocab_size: int, tp: Axis, softcap: float | None) -> None:
+        self.weight, self.bias, self.tp, self.softcap = weight, bias, tp, softcap
         self.first = tp.rank * weight.shape[0]
         self.num_real = max(0, min(weight.shape[0], vocab_size - self.first))
 
@@ -113,6 +117,8 @@ class _Shard:
         logits = (hidden @ self.weight.T).float()
         if self.bias is not None:
             logits += self.bias.float()
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         if temperature is not None:
             logits /= temperature[:, None]
         logits[:, self.num_real :] = -torch.inf
@@ -159,8 +165,10 @@ class _Shard:
         grad_logprobs: Tensor,
         grad_entropy: Tensor | None,
     ) -> Tensor:
-        """d logprob = onehot - p; d entropy = -p (log p + entropy); both over the temperature."""
-        log_p = self.logits(hidden, temperature).sub_(log_normaliser[:, None])
+        """d logprob = onehot - p; d entropy = -p (log p + entropy); over the temperature, times the cap's slope."""
+        log_p = self.logits(hidden, temperature)
+        slope = None if self.softcap is None else self._slope(log_p, temperature)
+        log_p.sub_(log_normaliser[:, None])
         p = log_p.exp()
         grad = -p * grad_logprobs[:, None]
         if grad_entropy is not None:
@@ -168,7 +176,16 @@ class _Shard:
             grad -= p * (log_p + entropy[:, None]) * grad_entropy[:, None]
         inside, local = self._locate(labels)
         grad.scatter_add_(1, local[:, None], grad_logprobs.where(inside, 0.0)[:, None])
-        return grad if temperature is None else grad / temperature[:, None]
+        if temperature is not None:
+            grad = grad / temperature[:, None]
+        return grad if slope is None else grad * slope
+
+    def _slope(self, logits: Tensor, temperature: Tensor | None) -> Tensor:
+        """d capped / d uncapped = 1 - (capped / softcap)^2, of logits over their temperature; 0 for padding rows."""
+        capped = logits if temperature is None else logits * temperature[:, None]
+        slope = 1 - (capped / self.softcap).square()
+        slope[:, self.num_real :] = 0.0
+        return slope
 
     def _locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         local = labels - self.first

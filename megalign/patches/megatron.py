@@ -1,5 +1,7 @@
 """What Megatron-Core 0.16-0.19 needs to run on CPU and gloo, and three repairs of its optimizer checkpoints.
 
+Upstream lines are named as 0.16.1's / 0.19.2's; every patch here is needed by both.
+
 `install()` once a process: without a GPU it replaces torch.cuda's functions for good. `megatron_calls()` goes
 around every call into Megatron (schedules, optimizer, model construction): its look at every torch call is paid
 there only, not by vLLM in the same process. Importing this module silences Megatron's known warnings, some of which
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import queue
 import re
 import warnings
@@ -31,16 +34,35 @@ def _silence(*known: tuple[str, type[Warning]]) -> None:
         warnings.filterwarnings("ignore", message=re.escape(start), category=category)
 
 
+def _silence_logs(*known: tuple[str, str]) -> None:
+    """Hides what the logger of that name says when it begins like this."""
+    for name, start in known:
+        logging.getLogger(name).addFilter(lambda record, start=start: not record.getMessage().startswith(start))
+
+
 # Said on every rank, module by module, of what is chosen here: plain torch where Transformer Engine and Apex are not
 # used. The calls of torch's that are old are upstream's to renew.
 _silence(
     ("Transformer Engine and Apex are not installed", UserWarning),
     ("Apex is not installed. Falling back to Torch Norm", UserWarning),
     ("If you are using transformer_engine as the transformer implementation", UserWarning),
-    ("full scope is deprecated. Use empty cuda_graph_scope", UserWarning),  # transformer_config.py:1705, by default
+    ("full scope is deprecated. Use empty cuda_graph_", UserWarning),  # transformer_config.py:1705/2415, by default
+    ("MimoModelConfig is experimental", UserWarning),  # 0.19.2's optimizer imports it
     ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed", UserWarning),  # optimizer.py:66
     ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
     ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
+    ("Please use DTensor instead and we are deprecating ShardedTensor", FutureWarning),
+    # Checkpoints, strategies/torch.py: 0.16.1's call of torch's at :799; 0.19.2's at :979, which loads rank by rank.
+    ("`load_state_dict` is deprecated and will be removed in future versions", FutureWarning),
+    ("The argument order of load has been changed", UserWarning),
+    ("torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load", UserWarning),
+)
+# 0.19.2's: 0.16 has no HybridModel; DDP makes the layout itself when it is given none, which 0.16 always does; a
+# synchronous save goes through the code of the asynchronous one.
+_silence_logs(
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
 )
 
 
@@ -53,11 +75,12 @@ def install() -> None:
     _repair_optimizer_checkpoints()
     _save_without_helper_process()
     _do_without_transformer_engine()
+    _recompute_without_transformer_engine()
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
         _send_uneven_parts_over_gloo()
-        # tensor_parallel/layers.py:738; good advice on a GPU.
+        # tensor_parallel/layers.py:738/856; good advice on a GPU.
         _silence(("When using async grad allreduce it is recommended to set the environment variable", UserWarning))
 
 
@@ -72,7 +95,10 @@ def megatron_calls() -> Iterator[None]:
 
 
 class _CudaLiteralsMeanCpu(TorchFunctionMode):
-    """schedules.py:596,983,2138 and clip_grads.py:90,174 name device="cuda"; goes when upstream takes a device."""
+    """schedules.py:596,983,2138/749,1121,2292 and clip_grads.py:90,174/96,180 name device="cuda".
+
+    Goes when upstream takes a device.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +110,7 @@ class _CudaLiteralsMeanCpu(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False  # rope_utils.py:62 pins, for the copy to a GPU
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # distrib_optimizer.py:361 and optimizer.py:671 compare this string to tell dtypes apart.
+            # distrib_optimizer.py:361/401 and optimizer.py:671/1008 compare this string to tell dtypes apart.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
 
@@ -114,7 +140,7 @@ class _NoStream:
 
 
 def _replace_cuda_functions() -> None:
-    """p2p_communication.py:190 and many more call these unconditionally; goes with a CPU backend upstream."""
+    """p2p_communication.py:190/211 and many more call these unconditionally; goes with a CPU backend upstream."""
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None
@@ -130,22 +156,28 @@ def _replace_cuda_functions() -> None:
 
 
 def _replace_rng_tracker_state() -> None:
-    """tensor_parallel/random.py:41,72 reach into torch.cuda's generators."""
+    """tensor_parallel/random.py:41,72/104,135 reach into torch.cuda's generators; goes with a CPU backend upstream."""
     import megatron.core.tensor_parallel.random as tracker
 
-    tracker._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    tracker._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    _replace(tracker, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+
+
+def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
+    # A name that upstream has given up would be set without effect.
+    assert hasattr(module, name), f"megatron-core has no {module.__name__}.{name} any more"
+    setattr(module, name, function)
 
 
 def _repair_optimizer_checkpoints() -> None:
-    """Distributed-optimizer checkpoints with torch's AdamW (no Transformer Engine, no Apex), 0.16.1 and 0.19.2.
+    """Distributed-optimizer checkpoints (distrib_optimizer.py) with torch's AdamW: no Transformer Engine, no Apex.
 
-    (1) `_set_main_param_and_optimizer_states` looks up "step" in tensors that do not carry it: KeyError.
-    (2) `load_state_dict` leaves ONE step tensor shared by all parameters, which then advances once for each
-    parameter. Both go when upstream keeps step per parameter.
-    (3) `get_parameter_state_dp_zero` (distrib_optimizer.py:1113) closes the gaps between buckets, but its reader
-    (:1501) slices by places that include them: a parameter behind a gap is saved shifted, the last one cut. A tied
-    embedding under pipeline parallelism is a bucket of its own. Goes when upstream keeps the gaps.
+    (1) `_set_main_param_and_optimizer_states` (:911/1193) looks up "step" in tensors that do not carry it: KeyError.
+    (2) `load_state_dict` (:825/1032) leaves ONE step tensor shared by all parameters, which then advances once for
+    each parameter. Both go when upstream keeps step per parameter.
+    (3) `get_parameter_state_dp_zero` (:1113/1399) closes the gaps between buckets, but its reader (:1501/1790) slices
+    by places that include them: a parameter behind a gap is saved shifted, the last one cut. A tied embedding under
+    pipeline parallelism is a bucket of its own. Goes when upstream keeps the gaps.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -183,7 +215,7 @@ def _repair_optimizer_checkpoints() -> None:
 
 
 def _save_without_helper_process() -> None:
-    """dist_checkpointing/strategies/filesystem_async.py:48 starts a manager process for the results of a save.
+    """dist_checkpointing/strategies/filesystem_async.py:51/53 starts a manager process for the results of a save.
 
     A synchronous save reads them in the process that wrote them, and a rank that is killed would leave the
     manager behind with its output pipes open. Goes when saves become asynchronous.
@@ -191,7 +223,26 @@ def _save_without_helper_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     results: queue.Queue[Any] = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results
+    # 0.19 calls it by a public name.
+    name = "get_write_results_queue"
+    name = name if hasattr(filesystem_async, name) else f"_{name}"
+    _replace(filesystem_async, name, lambda *args: results)
+
+
+def _recompute_without_transformer_engine() -> None:
+    """tensor_parallel/random.py:636 takes fp8=False, its default, for FP8 and asks Transformer Engine, here or not.
+
+    It is what recomputes norms. Goes when upstream tests the value.
+    """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    initialize = CheckpointWithoutOutput.__init__
+
+    @functools.wraps(initialize)
+    def initialize_by_value(self: Any, fp8: Any = None, *args: Any, **kwargs: Any) -> None:
+        initialize(self, fp8 or None, *args, **kwargs)
+
+    CheckpointWithoutOutput.__init__ = initialize_by_value
 
 
 def _do_without_transformer_engine() -> None:

@@ -90,7 +90,7 @@ class Trainer:
         callbacks = arguments.check_callbacks(callbacks)
         arguments.check_processing_class(processing_class)
         self.architecture = architecture_of(read_config(self.model_path))
-        check_layout(self.architecture, self.groups)
+        check_layout(self.architecture, args, self.groups)
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)
@@ -192,6 +192,7 @@ class Trainer:
         self.plan = plan_steps(self.args, self.micro_steps_per_epoch(), self.max_steps())
         self.learning_rate = LearningRate(self.args, self.plan.max_steps)
         self.run.begin(self.plan)
+        self.run.note(self.policy.made_of)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._resume(resume_from_checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -172,3 +173,8 @@ class Run:
         """One line on the terminal, from the first rank."""
         if self.state.is_world_process_zero:
             print(f"megalign: {text}", flush=True)
+
+    def note(self, text: str) -> None:
+        """The same beside the output: what a user may want to know and no program reads."""
+        if self.state.is_world_process_zero:
+            print(f"megalign: {text}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from megalign.conversion.names import numbered
 from megalign.conversion.rules import QKV, Rule, Vocab, expand, hf_shapes, pieces, shard_shape
 from tests.tiny import CONFIGS
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = tuple(CONFIGS)
 # 24 query and 6 key/value heads: tp 4 cuts groups, tp 8 even heads, and is more than the key/value heads.
 HEADS = {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 48}
 
@@ -23,6 +23,8 @@ HEADS = {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 48}
 def model_and_architecture(family: str, **changes: object) -> tuple[dict[str, Tensor], Architecture]:
     """A random model's state dict and its Architecture, read from the config that transformers would save."""
     config = CONFIGS[family]()
+    if family == "phi3":  # whose rope's factors are as many as a head's dims ask for
+        changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **changes}
     for name, value in {**HEADS, **changes}.items():
         setattr(config, name, value)
     torch.manual_seed(0)
@@ -128,6 +130,21 @@ def test_pad_rows_of_the_vocabulary_have_no_piece() -> None:
     assert torch.cat(shards)[:5].tolist() == [0, 1, 2, 3, 4]
     assert torch.cat(shards)[5:].isnan().all()
     assert pieces(rule, small(), indices=(), tp_rank=3, tp_size=4) == []
+
+
+def test_rows_of_fused_tensors_go_where_those_of_single_ones_do_by_hand() -> None:
+    # One tensor of q0 q1 q2 q3 k0 k1 v0 v1, and one of the gates 0 to 3 and the ups 0 to 3.
+    found = {rule.megatron.rpartition(".")[0]: rule for rule in rules_of(small(family="phi3"))}
+    rule, place = found["decoder.layers.*.self_attention.linear_qkv"], {"indices": (0,), "tp_size": 2}
+    rows = torch.tensor([0.0, 1, 2, 3, 10, 11, 20, 21])
+    state = {"model.layers.0.self_attn.qkv_proj.weight": rows[:, None].expand(8, 3)}
+    halves = [load_shard(rule, state, small(), tp_rank=rank, **place)[:, 0].tolist() for rank in range(2)]
+    assert halves == [[0, 1, 10, 20], [2, 3, 11, 21]]
+    rows = torch.tensor([0.0, 1, 2, 3, 10, 11, 12, 13])
+    state = {"model.layers.0.mlp.gate_up_proj.weight": rows[:, None].expand(8, 3)}
+    rule = found["decoder.layers.*.mlp.linear_fc1"]
+    halves = [load_shard(rule, state, small(), tp_rank=rank, **place)[:, 0].tolist() for rank in range(2)]
+    assert halves == [[0, 1, 10, 11], [2, 3, 12, 13]]
 
 
 def test_output_projections_are_split_by_columns() -> None:

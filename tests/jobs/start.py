@@ -124,7 +124,10 @@ def _ended(process: subprocess.Popen[bytes], stdout: IO[str], stderr: IO[str], e
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a rank: one thread, no hub, this repository's packages wherever it runs."""
+    """The environment of a rank: one thread, no hub, this repository's packages wherever it runs.
+
+    What the tests' own PYTHONPATH names follows: it may be another Megatron-Core.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)  # each rank would compile Megatron anew
     return {
@@ -132,7 +135,7 @@ def environment(**changes: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")])),
         **changes,
     }
 

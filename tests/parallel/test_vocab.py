@@ -24,17 +24,21 @@ def _case() -> tuple[torch.Tensor, ...]:
     return hidden, weight, bias, labels, temperature, seeds
 
 
-def _reference() -> dict[str, torch.Tensor]:
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _reference(softcap: float | None) -> dict[str, torch.Tensor]:
     """Plain fp64 autograd over the real vocabulary."""
     hidden, weight, bias, labels, temperature, seeds = _case()
     hidden, weight, bias = (x.double().requires_grad_() for x in (hidden, weight, bias))
-    logits = ((hidden @ weight.T + bias) / temperature.double()[:, None])[:, :VOCAB]
+    raw = _capped(hidden @ weight.T + bias, softcap)[:, :VOCAB]
+    logits = raw / temperature.double()[:, None]
     log_p = logits.log_softmax(1)
     logprobs = log_p.gather(1, labels[:, None]).squeeze(1)
     entropy = -(log_p.exp() * log_p).sum(1)
     (logprobs * seeds[0] + entropy * seeds[1]).sum().backward()
     correct = (logits.argmax(1) == labels).float()
-    raw = (hidden @ weight.T + bias)[:, :VOCAB]
     return {
         "mean_logits": raw.mean(1), "log_sum_squares": log_p.exp().square().sum(1).log(),
         "logprobs": logprobs, "entropy": entropy, "correct": correct,
@@ -42,7 +46,7 @@ def _reference() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-def _sharded() -> dict[str, torch.Tensor]:
+def _sharded(softcap: float | None) -> dict[str, torch.Tensor]:
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, weight, bias, labels, temperature, seeds = _case()
     hidden.requires_grad_()
@@ -52,6 +56,7 @@ def _sharded() -> dict[str, torch.Tensor]:
     scores = vocab.token_scores(
         hidden, weight, labels, temperature=temperature, vocab_size=VOCAB, bias=bias,
         tp=Axis(dist.group.WORLD, rank, size, list(range(size))), extras=("mean_logits", "log_sum_squares"),
+        softcap=softcap,
     )  # fmt: skip
     (scores.logprobs * seeds[0] + scores.entropy * seeds[1]).sum().backward()
     vocab.CHUNK_ELEMENTS = old
@@ -62,10 +67,11 @@ def _sharded() -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_scores_and_gradients_equal_full_softmax(world: int) -> None:
-    wanted = _reference()
-    ranks = run_ranks(world, _sharded)
+def test_scores_and_gradients_equal_full_softmax(world: int, softcap: float | None) -> None:
+    wanted = _reference(softcap)
+    ranks = run_ranks(world, _sharded, softcap)
     for name in ("logprobs", "entropy", "correct", "mean_logits", "log_sum_squares", "hidden"):
         for got in ranks:
             torch.testing.assert_close(

@@ -20,6 +20,8 @@ from tests.layouts import Layout, groups_of
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 FUSED = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",

@@ -23,6 +23,8 @@ from tests.layouts import EIGHT_RANKS, ONE_RANK, Layout, arguments, groups_of
 from tests.ranks import run_ranks
 from tests.tiny import CONFIGS, save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 LAYOUTS = [ONE_RANK, Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=2, dp=2)]
 
 

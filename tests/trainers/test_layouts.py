@@ -13,6 +13,8 @@ from tests.tiny import save_tiny_classifier, save_tiny_model
 from tests.trainers.grpo_runs import save_model_with_tokenizer
 from tests.trainers.layout_runs import OFFLINE, ONLINE, run
 
+pytestmark = pytest.mark.megatron
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in (*OFFLINE, *ONLINE)},
     "Reward-centred": ("Reward", {"center_rewards_coefficient": 0.1}),

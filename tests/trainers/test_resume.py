@@ -18,6 +18,7 @@ from megalign.config import SFTConfig
 from megalign.errors import UserError
 from megalign.trainers import checkpointing
 from megalign.trainers.sft import SFTTrainer
+from tests.megatron_version import wanted_version
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
 from tests.trainers.runs import StopAt, metric_lines, sft_fields, token_rows, train_sft
@@ -234,7 +235,9 @@ def test_another_model_is_named(changed: dict[str, Any], message: str, made: Pat
     assert re.search(message, error), error
 
 
-ENGINE_FILES = ("engine/.metadata", "engine/__0_0.distcp", "engine/common.pt", "engine/metadata.json")
+ENGINE_FILES = ["engine/.metadata", "engine/__0_0.distcp", "engine/metadata.json"]
+if wanted_version().startswith("0.16."):  # a newer Megatron-Core writes what was in it into the others
+    ENGINE_FILES.append("engine/common.pt")
 
 
 @pytest.mark.parametrize("file", [*ENGINE_FILES, "loop/rank_00000.pt", "trainer_state.json"])

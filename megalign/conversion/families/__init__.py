@@ -11,8 +11,13 @@ from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import (
     deepseek_v2,
     deepseek_v3,
+    gemma2,
+    gemma3_text,
+    glm4,
     llama,
+    mistral,
     mixtral,
+    phi3,
     qwen2,
     qwen2_moe,
     qwen3,
@@ -23,8 +28,13 @@ from megalign.errors import UserError
 
 FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
+    "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "phi3": phi3,
+    "glm4": glm4,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
     "mixtral": mixtral,
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
@@ -35,23 +45,29 @@ FAMILIES: dict[str, ModuleType] = {
 HEAD = "output_layer.weight"
 SCORE_HEAD = "score.weight"
 _LANGUAGE_MODEL, _CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+_ODD_CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}  # the plain name is multimodal
 
 
 def family_of(config: Mapping[str, Any]) -> ModuleType:
     """The family of a config.json's content, whichever head it has."""
     by_architecture = {family.HF_ARCHITECTURE: family for family in FAMILIES.values()}
+    by_classifier = {_classifier_of(family): family for family in FAMILIES.values()}
     # A config that was never saved with a model has no architecture; its type then says what it is.
     if config.get("architectures"):
-        name, table = config["architectures"][0], by_architecture
+        name, table = config["architectures"][0], by_architecture | by_classifier
     else:
         name, table = config.get("model_type"), FAMILIES
-    decoder = name.replace(_CLASSIFIER, _LANGUAGE_MODEL) if isinstance(name, str) else name
-    if decoder not in table:
+    if name not in table:
         raise UserError(
             f"architecture {name!r} is not supported; megalign has {', '.join(by_architecture)} and their "
             f"{_CLASSIFIER} (see config.json's 'architectures')"
         )
-    return table[decoder]
+    return table[name]
+
+
+def _classifier_of(family: ModuleType) -> str:
+    name = family.HF_ARCHITECTURE
+    return _ODD_CLASSIFIERS.get(name, name.replace(_LANGUAGE_MODEL, _CLASSIFIER))
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
@@ -62,9 +78,10 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Reads the content of a config.json; what megalign does not compute is refused by name."""
     architecture = family_of(config).read_config(config)
-    pad = config.get("pad_token_id")
-    if pad is not None:  # as torch counts: -1 is the last row
-        architecture = replace(architecture, pad_token_id=pad % architecture.vocab_size)
+    if "pad_token_id" in config:  # else the family's
+        pad = config["pad_token_id"]
+        # As torch counts: -1 is the last row.
+        architecture = replace(architecture, pad_token_id=None if pad is None else pad % architecture.vocab_size)
     if not is_classifier(config):
         return architecture
     # transformers' own default is 2; it writes the names of the labels and not their number.
@@ -89,7 +106,7 @@ def rules_of(architecture: Architecture) -> list[Rule]:
 def classifier_config(config: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
     """What a config.json says otherwise once the model has a score head of one output."""
     changes: dict[str, Any] = {
-        "architectures": [family_of(config).HF_ARCHITECTURE.replace(_LANGUAGE_MODEL, _CLASSIFIER)],
+        "architectures": [_classifier_of(family_of(config))],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }

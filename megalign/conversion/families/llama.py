@@ -1,4 +1,4 @@
-"""Llama, the decoder that Qwen2 and Qwen3 differ from by a line or two. Defaults are transformers' own."""
+"""Llama, the decoder that the other families differ from by a line or two. Defaults are transformers' own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalign.conversion.architecture import Architecture
+from megalign.conversion.rope import read_rope
 from megalign.conversion.rules import QKV, Copy, GateUp, Rule, Vocab
 from megalign.errors import UserError
 
@@ -29,10 +30,6 @@ _FIXED = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-_ROPE_SCALINGS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
@@ -47,7 +44,6 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     groups = config.get("num_key_value_heads") or heads
     if heads % groups:
         raise UserError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={groups}")
-    rotary_base, rope_scaling = _read_rope(config)
     return Architecture(
         family="llama",
         num_layers=config["num_hidden_layers"],
@@ -59,8 +55,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
         norm_epsilon=config["rms_norm_eps"],
-        rotary_base=rotary_base,
-        rope_scaling=rope_scaling,
+        **read_rope(config),
         tied_embeddings=bool(config.get("tie_word_embeddings")),
     )
 
@@ -83,37 +78,3 @@ def rules(architecture: Architecture) -> list[Rule]:
         Copy.of("decoder.final_layernorm.weight", "model.norm.weight", ("hidden_size",)),
         Vocab.of("output_layer.weight", head, duplicate=architecture.tied_embeddings),
     ]
-
-
-def refuse_sliding_window(config: Mapping[str, Any]) -> None:
-    """For the families whose configs may ask for it; inactive settings pass."""
-    if config.get("layer_types"):
-        active = any(kind != "full_attention" for kind in config["layer_types"])
-    else:
-        windowed = config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None
-        active = bool(windowed) and config.get("max_window_layers", 28) < config["num_hidden_layers"]
-    if active:
-        raise UserError(
-            f"sliding-window attention (use_sliding_window={config.get('use_sliding_window')}, "
-            f"sliding_window={config.get('sliding_window')}, layer_types) is not supported; "
-            "a model with full attention in every layer is"
-        )
-
-
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """(base, scaling). transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    base = float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        factor = rope["partial_rotary_factor"]
-        raise UserError(f"partial_rotary_factor={factor} is not supported; only 1.0 is")
-    if kind == "default":
-        return base, None
-    if kind not in _ROPE_SCALINGS:
-        kinds = ", ".join(("default", *_ROPE_SCALINGS))
-        raise UserError(f"rope_type {kind!r} in config.json is not supported; megalign has {kinds}")
-    missing = [key for key in _ROPE_SCALINGS[kind] if rope.get(key) is None]
-    if missing:
-        raise UserError(f"rope_type {kind!r} in config.json lacks {', '.join(missing)}; add them")
-    return base, {"rope_type": kind, **{key: rope[key] for key in _ROPE_SCALINGS[kind]}}

@@ -9,14 +9,14 @@ from typing import Any
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import llama
 from megalign.conversion.rules import QKV, Rule
+from megalign.conversion.sliding import qwen_windows
 
 HF_ARCHITECTURE = "Qwen2ForCausalLM"
 
 
 def read_config(config: Mapping[str, Any]) -> Architecture:
     """The content of a config.json -> Architecture."""
-    llama.refuse_sliding_window(config)
-    return replace(llama.read_config(config), family="qwen2", qkv_bias=True)
+    return replace(llama.read_config(config), family="qwen2", qkv_bias=True, **qwen_windows(config))
 
 
 def rules(architecture: Architecture) -> list[Rule]:
