@@ -5,7 +5,6 @@ The machinery is that of the dense families' parity tests; here are the layouts 
 
 from __future__ import annotations
 
-
 from pathlib import Path
 
 import pytest

@@ -117,8 +117,9 @@ class Architecture:
     norm_epsilon: float
     rotary_base: float
     rope_scaling: Mapping[str, Any] | None = None
-    """None, or what conversion.rope reads: {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}.
-    With latent attention only "yarn", with "mscale" and "mscale_all_dim" as families.latent reads them."""
+    """None, or what conversion.rope reads: {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}. With latent
+    attention None or {"rope_type": "yarn", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
+    "mscale_all_dim"}."""
     rotary_percent: float = 1.0
     """The share of each head, from its begin, that is rotated."""
     rotary_interleaved: bool = False

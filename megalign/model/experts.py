@@ -6,11 +6,12 @@ by topk / group_topk of their experts, and moves the selection bias while it tra
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -73,6 +74,12 @@ def choose(scores: Tensor, experts: MixtureOfExperts) -> Tensor:
     return scores.topk(experts.top_k, dim=-1).indices
 
 
+def route_by(mlp: Any, experts: MixtureOfExperts) -> None:
+    """Gives the spec of a Megatron MoE layer this router; 0.16 has a ModuleSpec, 0.19 a partial."""
+    submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    submodules.router = partial(TokenRouter, experts=experts)
+
+
 def mark_experts(model: nn.Module) -> None:
     """Their gradients are summed over the ranks that hold the same part of the same expert.
 
@@ -80,6 +87,6 @@ def mark_experts(model: nn.Module) -> None:
     expert_tensor_parallel_size of its own, replicas of an expert would go apart.
     """
     for module in model.modules():
-        if isinstance(module, MoELayer):
-            for parameter in module.experts.parameters():
+        if isinstance(module, SequentialMLP | TEGroupedMLP):
+            for parameter in module.parameters():
                 parameter.allreduce = False

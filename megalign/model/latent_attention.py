@@ -10,6 +10,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, empty, nn
 
+LATENT_EPSILON = 1e-6  # transformers', whatever rms_norm_eps is
+
 
 class WholeLinear(nn.Module):
     """The weight [rows, columns], whole on every tensor rank, as Transformer Engine's "duplicated" linear has it."""
@@ -41,7 +43,7 @@ class PackedLatentAttention(MLASelfAttention):
         super().__init__(config, *args, **kwargs)
         down = config.kv_lora_rank + config.qk_pos_emb_head_dim
         self.linear_kv_down_proj = WholeLinear(config, down, config.hidden_size)
-        self.kv_layernorm.eps = 1e-6  # transformers', whatever rms_norm_eps is
+        self.kv_layernorm.eps = LATENT_EPSILON
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank, config.hidden_size)
-            self.q_layernorm.eps = 1e-6
+            self.q_layernorm.eps = LATENT_EPSILON

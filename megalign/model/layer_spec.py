@@ -22,9 +22,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
-from megalign.model.experts import TokenRouter
+from megalign.model.experts import route_by
 from megalign.model.extensions import has_transformer_engine
-from megalign.model.latent_attention import PackedLatentAttention
+from megalign.model.latent_attention import LATENT_EPSILON, PackedLatentAttention
 from megalign.model.norms import NormedRowParallelLinear, RMSNorm
 from megalign.model.rotary import Rotary
 
@@ -57,7 +57,8 @@ def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
         "sliding window that differs by layer": architecture.sliding_layers,
         "cap on attention scores": architecture.attention_softcap,
         "norm behind attention and feed-forward part": architecture.sandwich_norms,
-        "latent attention that rotates a part of the head by itself": architecture.mla,
+        "epsilon of latent norms apart from the others'": architecture.mla
+        and architecture.norm_epsilon != LATENT_EPSILON,
     }
     return [name for name, needed in needs.items() if needed]
 
@@ -87,9 +88,10 @@ def _transformer_engine_layer(config: TransformerConfig, architecture: Architect
         multi_latent_attention=config.multi_latent_attention,
     )
     if architecture.layer_kind(number) == "moe":
-        _submodules(layer.submodules.mlp).router = partial(TokenRouter, experts=architecture.moe)
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
+        route_by(layer.submodules.mlp, architecture.moe)
+    if architecture.mla is None:  # latent attention rotates itself
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
     return layer
 
 
@@ -104,13 +106,13 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
     )
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     if kind == "moe":
-        _submodules(parts.mlp).router = partial(TokenRouter, experts=architecture.moe)
+        route_by(parts.mlp, architecture.moe)
+    parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
     attention.core_attention = partial(
         PackedAttention,
-        rotary=None if architecture.mla else Rotary.of(architecture, number),  # Megatron's latent attention rotates
+        rotary=Rotary.of(architecture, number),
         window=architecture.window(number),
         softcap=architecture.attention_softcap,
     )

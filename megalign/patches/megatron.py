@@ -74,8 +74,8 @@ def install() -> None:
     _installed = True
     _repair_optimizer_checkpoints()
     _save_without_helper_process()
-    _do_without_transformer_engine()
     _recompute_without_transformer_engine()
+    _do_without_transformer_engine()
     if not on_cuda():
         _replace_cuda_functions()
         _replace_rng_tracker_state()
@@ -276,7 +276,9 @@ def _send_uneven_parts_over_gloo() -> None:
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
 
     @functools.wraps(all_to_all)
-    def all_to_all_of_lists(group: Any, tensor: torch.Tensor, output: Any = None, input: Any = None, **rest: Any) -> Any:
+    def all_to_all_of_lists(
+        group: Any, tensor: torch.Tensor, output: Any = None, input: Any = None, **rest: Any
+    ) -> Any:
         return all_to_all(group, tensor, _as_list(output), _as_list(input), **rest)
 
     @functools.wraps(gather)

@@ -62,7 +62,8 @@ def gradients(engine: TrainEngine) -> dict[str, Tensor]:
 
 
 def differing(path: str, layout: Layout) -> dict[str, list[str]]:
-    """For each variant the parameters whose gradient is not, bit by bit, the one without."""
+    """For each variant the parameters whose gradient is not the one without: bit by bit, or to the last digits where
+    norms are recomputed, whose part of the residual's gradient is then added in another order."""
     options = {"use_distributed_optimizer": False}
     wanted = gradients(make_engine(path, layout, **options, **NOTHING))
     assert all(tensor.abs().max() > 0 for tensor in wanted.values())
@@ -73,7 +74,8 @@ def differing(path: str, layout: Layout) -> dict[str, list[str]]:
         engine = make_engine(path, layout, **options, **fields)
         ours = gradients(engine)
         activation_offload.to_host = copy
-        found[name] = [key for key, tensor in wanted.items() if not torch.equal(ours[key], tensor)]
+        limit = 2e-6 if "layernorm" in fields.get("recompute_modules", []) else 0.0
+        found[name] = [key for key, tensor in wanted.items() if (ours[key] - tensor).norm() > limit * tensor.norm()]
         assert bool(moved) == ("offloaded" in name), (name, len(moved))
     return found
 

@@ -22,9 +22,7 @@ def routed_rules(hf: str, *, gate: str = "gate_proj", up: str = "up_proj", down:
     columns = ("hidden_size", "moe.ffn_hidden_size")
     return [
         Copy.of(_MEGATRON + "router.weight", hf + "gate.weight", ("num_experts", "hidden_size")),
-        GateUp.of(
-            mcore + "linear_fc1.weight", f"{one}{gate}.weight", f"{one}{up}.weight", rows="moe.ffn_hidden_size"
-        ),
+        GateUp.of(mcore + "linear_fc1.weight", f"{one}{gate}.weight", f"{one}{up}.weight", rows="moe.ffn_hidden_size"),
         Copy.of(mcore + "linear_fc2.weight", f"{one}{down}.weight", columns, dim=1),
     ]
 

@@ -76,9 +76,13 @@ def rules(architecture: Architecture) -> list[Rule]:
     attention = [
         *_query_rules(architecture, mcore, hf),
         # Whole on every tensor rank: each projects its own tokens (model.latent_attention; Transformer Engine too).
-        Copy.of(mcore + "linear_kv_down_proj.weight", hf + "kv_a_proj_with_mqa.weight", ("mla.down_size", "hidden_size")),
+        Copy.of(
+            mcore + "linear_kv_down_proj.weight", hf + "kv_a_proj_with_mqa.weight", ("mla.down_size", "hidden_size")
+        ),
         Copy.of(mcore + "kv_layernorm.weight", hf + "kv_a_layernorm.weight", ("mla.kv_lora_rank",)),
-        Copy.of(mcore + "linear_kv_up_proj.weight", hf + "kv_b_proj.weight", ("mla.up_size", "mla.kv_lora_rank"), dim=0),
+        Copy.of(
+            mcore + "linear_kv_up_proj.weight", hf + "kv_b_proj.weight", ("mla.up_size", "mla.kv_lora_rank"), dim=0
+        ),
         Copy.of(mcore + "linear_proj.weight", hf + "o_proj.weight", ("hidden_size", "mla.value_size"), dim=1),
     ]
     return with_experts([*others, *attention], *experts)

@@ -27,9 +27,7 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
     return replace(qwen2.read_config(config), family="qwen2_moe", moe=experts)
 
 
-def read_experts(
-    config: Mapping[str, Any], *, num_experts: int, top_k: int, ffn_hidden_size: int
-) -> MixtureOfExperts:
+def read_experts(config: Mapping[str, Any], *, num_experts: int, top_k: int, ffn_hidden_size: int) -> MixtureOfExperts:
     """What Qwen's configs say of experts; the numbers are transformers' defaults."""
     if config.get("use_sliding_window"):
         raise UserError(
