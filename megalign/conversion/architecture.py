@@ -118,8 +118,8 @@ class Architecture:
     rotary_base: float
     rope_scaling: Mapping[str, Any] | None = None
     """None, or what conversion.rope reads: {"rope_type": "linear", "llama3", "yarn" or "longrope", ...}. With latent
-    attention None or {"rope_type": "yarn", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale",
-    "mscale_all_dim"}."""
+    attention None or {"rope_type": "yarn", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+    "mscale", "mscale_all_dim"}."""
     rotary_percent: float = 1.0
     """The share of each head, from its begin, that is rotated."""
     rotary_interleaved: bool = False

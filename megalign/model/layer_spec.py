@@ -57,8 +57,7 @@ def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
         "sliding window that differs by layer": architecture.sliding_layers,
         "cap on attention scores": architecture.attention_softcap,
         "norm behind attention and feed-forward part": architecture.sandwich_norms,
-        "epsilon of latent norms apart from the others'": architecture.mla
-        and architecture.norm_epsilon != LATENT_EPSILON,
+        "epsilon for latent norms alone": architecture.mla and architecture.norm_epsilon != LATENT_EPSILON,
     }
     return [name for name, needed in needs.items() if needed]
 
@@ -110,16 +109,18 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
         route_by(parts.mlp, architecture.moe)
     parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
+    if architecture.mla is not None:  # it rotates a part of its heads itself
+        parts.self_attention.module = PackedLatentAttention
+        attention.core_attention = PackedAttention
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        return layer
     attention.core_attention = partial(
         PackedAttention,
         rotary=Rotary.of(architecture, number),
         window=architecture.window(number),
         softcap=architecture.attention_softcap,
     )
-    if architecture.mla is not None:
-        parts.self_attention.module = PackedLatentAttention
-        attention.q_layernorm = attention.kv_layernorm = RMSNorm
-    elif config.qk_layernorm:
+    if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if architecture.sandwich_norms:
         attention.linear_proj = _submodules(parts.mlp).linear_fc2 = NormedRowParallelLinear

@@ -28,10 +28,8 @@ class Rotary:
     """Whether the layers have a base of their own."""
 
     @classmethod
-    def of(cls, architecture: Architecture, layer: int) -> Rotary | None:
-        """That of a (global) layer; None with latent attention, which rotates a part of its heads itself."""
-        if architecture.mla is not None:
-            return None
+    def of(cls, architecture: Architecture, layer: int) -> Rotary:
+        """That of a (global) layer."""
         has_window = architecture.window(layer) is not None
         return cls(architecture, local=has_window and architecture.local_rotary_base is not None)
 
