@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # the tiny models, ranks and reference are the te
 from tests.layouts import ONE_RANK, Layout  # noqa: E402
 from tests.megatron_version import found_version  # noqa: E402
 from tests.parity import largest_difference  # noqa: E402
-from tests.tiny import CONFIGS, MOE_FAMILIES, TinyModels  # noqa: E402
+from tests.tiny import CONFIGS, MOE_CONFIGS, TinyModels  # noqa: E402
 
 LAYOUTS = {
     "one rank": ONE_RANK,
@@ -49,7 +49,7 @@ Row = dict[str, Any]
 def layout_for(family: str, name: str) -> Layout | None:
     """The layout; with sequence parallelism for experts, which Megatron demands; None: it splits experts, of none."""
     layout = LAYOUTS[name]
-    if family in MOE_FAMILIES:
+    if family in MOE_CONFIGS:
         return layout._replace(sp=layout.tp > 1)
     return None if layout.ep > 1 or layout.etp is not None else layout
 
@@ -90,7 +90,7 @@ def table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row["layout"] for row in rows))
     cells: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        cells.setdefault((row["family"], row["layout"]), []).append(f"{row['max_abs_diff']:.0e}".replace("e-0", "e-"))
+        cells.setdefault((row["family"], row["layout"]), []).append(f"{row['max_abs_diff']:.1e}".replace("e-0", "e-"))
     lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for family in dict.fromkeys(row["family"] for row in rows):
         found = [", ".join(cells.get((family, name), [""])) for name in names]

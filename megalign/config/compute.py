@@ -80,8 +80,8 @@ class ComputeConfig(Config):
             )
         if self.fp8 is not None and self.bf16 is False:
             raise UserError(
-                f"fp8={self.fp8!r} is FP8 within a bfloat16 model, and bf16=False makes it fp32; set bf16=True, or drop "
-                "fp8"
+                f"fp8={self.fp8!r} is FP8 within a bfloat16 model, and bf16=False makes it fp32; set bf16=True, or "
+                "drop fp8"
             )
         self._validate_recomputation()
 
