@@ -6,32 +6,58 @@ The machinery is that of the dense families' parity tests; here are the layouts 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests import test_gradient_parity as gradient_parity
-from tests import test_logprob_parity as logprob_parity
-from tests.layouts import Layout
+from tests.layouts import ONE_RANK, Layout
 from tests.moe_layouts import MOE_LAYOUTS
-from tests.tiny import MOE_CONFIGS, save_tiny_model
+from tests.parity import largest_difference
+from tests.test_gradient_parity import check_gradients, check_two_steps
+from tests.tiny import MOE_FAMILIES, TinyModels, save_tiny_model
+
+pytestmark = pytest.mark.megatron
 
 
-@pytest.fixture(scope="module", params=sorted(MOE_CONFIGS))
-def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    path: Path = tmp_path_factory.mktemp(request.param)
-    return save_tiny_model(request.param, path)
-
-
+# The layout is the outer loop: its process groups are made once for all families.
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
-def test_logprobs_equal_transformers(model_path: str, layout: Layout) -> None:
-    assert logprob_parity.largest_difference(model_path, layout, logprob_parity.PACKINGS[0]) < 1e-4
+def test_logprobs_equal_transformers(tiny_models: TinyModels, family: str, layout: Layout) -> None:
+    assert largest_difference(tiny_models[family], layout) < 1e-4
 
 
+# One replica has two microbatches, the other one: it would wait for the other's tokens forever.
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=2, etp=2), Layout(dp=2, ep=2, pp=2)], ids=str)
+def test_replicas_may_have_different_numbers_of_microbatches(tiny_models: TinyModels, layout: Layout) -> None:
+    assert largest_difference(tiny_models["mixtral"], layout, [[0, 1, 3], [4], [5, 2]]) < 1e-4
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-moe-not-normalized": ("qwen3_moe", {"norm_topk_prob": False}),
+    "qwen2-moe-normalized": ("qwen2_moe", {"norm_topk_prob": True}),
+    "mixtral-one-expert": ("mixtral", {"num_experts_per_tok": 1}),
+    "deepseek-v2-greedy": ("deepseek_v2", {"topk_method": "greedy"}),
+    "deepseek-v2-query-latent": ("deepseek_v2", {"q_lora_rank": 14}),
+    "deepseek-v3-not-normalized": ("deepseek_v3", {"norm_topk_prob": False}),
+    "deepseek-v3-no-query-latent": ("deepseek_v3", {"q_lora_rank": None}),
+    "deepseek-v3-plain-rope": ("deepseek_v3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True, cp=2)], ids=str)
+def test_logprobs_of_what_a_config_may_change_equal_transformers(tmp_path: Path, variant: str, layout: Layout) -> None:
+    family, changes = VARIANTS[variant]
+    assert largest_difference(save_tiny_model(family, tmp_path, **changes), layout) < 1e-4
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
-def test_every_gradient_equals_plain_autograd(model_path: str, layout: Layout) -> None:
-    gradient_parity.check_gradients(model_path, layout, "dapo")
+def test_every_gradient_equals_plain_autograd(tiny_models: TinyModels, family: str, layout: Layout) -> None:
+    check_gradients(tiny_models[family], layout, "dapo")
 
 
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
-def test_two_clipped_steps_equal_torch_adamw(model_path: str, layout: Layout) -> None:
-    gradient_parity.check_two_steps(model_path, layout)
+def test_two_clipped_steps_equal_torch_adamw(tiny_models: TinyModels, family: str, layout: Layout) -> None:
+    check_two_steps(tiny_models[family], layout)

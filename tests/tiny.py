@@ -133,6 +133,8 @@ MOE_CONFIGS = {
         rope_parameters=YARN_ROPE,
     ),
 }
+# Those with experts have layouts of their own (tests.moe_layouts), and cannot have TP without sequence parallelism.
+DENSE_FAMILIES, MOE_FAMILIES = sorted(CONFIGS), sorted(MOE_CONFIGS)
 CONFIGS |= MOE_CONFIGS
 
 

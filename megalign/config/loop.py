@@ -40,6 +40,13 @@ class LoopConfig(ComputeConfig):
         why="dropout would make logprobs of the same tokens differ by noise, so it is never applied",
     )
     """Models run without dropout. TRL's default is False for GRPO and RLOO."""
+    router_aux_loss_coef: float | None = option(None, minimum=0)
+    """Of a model with experts, what its load-balancing loss is multiplied by where it is added to the loss: the mean,
+    over the layers with experts, of num_experts * sum over experts of (choices of it / tokens) * (its mean
+    probability), over all tokens of a microbatch, which count by their number. transformers' load_balancing_loss_func
+    is this for one layer, and averages over layers before it multiplies; Megatron's moe_aux_loss_coeff is this times
+    the number of layers / num_experts_per_tok. None and 0 are off, since with it a step depends on its microbatches;
+    TRL's None takes the coefficient of the model's config."""
     dataset_name: str | list[str] | None = None
     """Rows to train on: a local .jsonl or .parquet file, a directory, or a hub name; several of them are one
     after another, or mixed as dataset_weights says."""

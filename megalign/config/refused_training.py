@@ -11,7 +11,6 @@ SPLIT = "the model is split by Megatron, with no second framework beside it"
 LORA = "adapters are not built yet; training is of all parameters"
 _LOADER = "rows are tokenized once before training, so there is no data loader with workers"
 _QUANT = "quantized training is not built yet"
-_MOE = "mixture-of-experts models are not built yet"
 _BEST = "checkpoints are kept by age; keeping the best one is not built yet"
 _PREDICTIONS = "evaluation yields metrics and keeps no predictions"
 _DEVICE = "ranks use CUDA where torch sees a GPU and the CPU elsewhere (CUDA_VISIBLE_DEVICES= hides the GPUs)"
@@ -46,7 +45,6 @@ TRAINING: Mapping[str, Refusal] = (
         ),
         "label_smoothing_factor": Refusal(NOT_BUILT, "weight_decay", (0, 0.0)),
         "neftune_noise_alpha": Refusal(NOT_BUILT, "weight_decay", (None,)),
-        "router_aux_loss_coef": Refusal(_MOE, "tensor_model_parallel_size", (None,)),
         # precision and memory
         "fp16": Refusal("fp16 needs loss scaling, which is not built", "bf16", (False,)),
         "fp16_full_eval": Refusal("evaluation uses the training precision", "bf16", (False,)),

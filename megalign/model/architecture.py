@@ -78,7 +78,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         # hook is another object.
         gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
         **_latent_attention(architecture),
-        **_experts(architecture),
+        **_experts(architecture, args),
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -108,10 +108,15 @@ def _latent_attention(architecture: Architecture) -> dict[str, Any]:
     return {**fields, **yarn, "rope_type": "yarn", "rotary_scaling_factor": scaling["factor"]}
 
 
-def _experts(architecture: Architecture) -> dict[str, Any]:
+def _experts(architecture: Architecture, args: LoopConfig) -> dict[str, Any]:
     """The fields of a model with experts; which of them a token chooses is model.experts.TokenRouter's matter."""
     experts = architecture.moe
     if experts is None:
+        if args.router_aux_loss_coef:
+            raise UserError(
+                f"router_aux_loss_coef={args.router_aux_loss_coef} balances the experts of a model, and "
+                f"{architecture.family} has none; drop it"
+            )
         return {}
     kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
     return {
@@ -120,6 +125,7 @@ def _experts(architecture: Architecture) -> dict[str, Any]:
         "moe_router_topk": experts.top_k,
         # Megatron's own load balancing and its limits: TokenRouter has its own, and no token is ever dropped.
         "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": (args.router_aux_loss_coef or 0.0) / max(kinds.count("moe"), 1),
         "moe_router_pre_softmax": True,
         "moe_router_dtype": "fp32" if experts.router_in_fp32 else None,
         "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,

@@ -59,6 +59,11 @@ class ParallelGroups:
         return self.pp.rank == self.pp.size - 1
 
     @property
+    def experts_span_replicas(self) -> bool:
+        """Whether ranks of several data-parallel replicas share experts: they then run microbatches together."""
+        return self.tp.size * self.cp.size % (self.ep.size * self.etp.size) != 0
+
+    @property
     def token_multiple(self) -> int:
         """T of every Batch is a multiple of this: sequence parallelism and zigzag CP split it evenly, into units."""
         return self.tp.size * math.lcm(self.sequence_multiple, self.cp.size * self.token_unit)

@@ -78,9 +78,17 @@ def evaluate(
 
 
 def _whole_rounds(chunks: list[nn.Module], batches: list[Batch], groups: ParallelGroups) -> list[Batch]:
-    """The interleaved schedule takes microbatches in rounds of one for each stage: with dummies until it is whole."""
-    missing = -len(batches) % groups.pp.size if len(chunks) > 1 else 0
-    return batches + [Batch.dummy(groups.token_multiple).to(device.device())] * missing
+    """With dummies where others wait for this rank's microbatches.
+
+    The interleaved schedule takes them in rounds of one for each stage; replicas that share experts send each other
+    the tokens of each.
+    """
+    count = torch.tensor(len(batches), device=device.device())
+    if groups.experts_span_replicas:
+        dist.all_reduce(count, dist.ReduceOp.MAX, group=groups.dp.group)
+    whole = int(count)
+    whole += -whole % groups.pp.size if len(chunks) > 1 else 0
+    return batches + [Batch.dummy(groups.token_multiple).to(device.device())] * (whole - len(batches))
 
 
 def _run(forward_step: Any, chunks: list[nn.Module], batches: list[Batch], *, forward_only: bool) -> list[Any]:

@@ -36,15 +36,21 @@ def load_hf(
     expected = hf_shapes(rules_of(architecture), architecture)
     new = _new_head(expected.pop(SCORE_HEAD), reader.config, seed) if has_new_head else None
     # A tied head may be in the file as a second copy of the embedding; a score head takes any other's place.
-    reader.check(
-        expected, ignored={"lm_head.weight", "lm_head.bias"} if architecture.tied_embeddings or has_new_head else set()
-    )
+    ignored = {"lm_head.weight", "lm_head.bias"} if architecture.tied_embeddings or has_new_head else set()
+    reader.check(expected, ignored=ignored | _behind_the_last_layer(reader, architecture))
     for _, tensor, pieces in local_tensors(chunks, groups, architecture).values():
         if sum(torch.Size(piece.shape).numel() for piece in pieces) < tensor.numel():
             tensor.zero_()  # the pad rows of the vocabulary
         for piece in pieces:
             is_new = new is not None and piece.hf_name == SCORE_HEAD
             tensor[piece.shard_index].copy_(new if is_new else reader.read(piece.hf_name, piece.hf_index))
+
+
+def _behind_the_last_layer(reader: HfReader, architecture: Architecture) -> set[str]:
+    """The layers that predict further tokens, which transformers leaves out as well."""
+    layers = range(architecture.num_layers, architecture.num_layers + architecture.num_mtp_layers)
+    starts = tuple(f"model.layers.{layer}." for layer in layers)
+    return {name for name in reader.names() if starts and name.startswith(starts)}
 
 
 def _new_head(shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> Tensor:

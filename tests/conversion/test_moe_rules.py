@@ -14,7 +14,7 @@ from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_files import read_config
 from megalign.conversion.rules import Vocab, expand, hf_shapes, pieces, shard_shape
 from megalign.errors import UserError
-from tests.tiny import MOE_CONFIGS, save_tiny_model
+from tests.tiny import MOE_CONFIGS, MOE_FAMILIES, save_tiny_model
 
 NAMES = {
     "mixtral": "MixtralForCausalLM",
@@ -29,7 +29,7 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     return {**MOE_CONFIGS[family]().to_dict(), "architectures": [NAMES[family]], **changes}
 
 
-@pytest.fixture(scope="module", params=sorted(MOE_CONFIGS))
+@pytest.fixture(scope="module", params=MOE_FAMILIES)
 def saved(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Tensor], Architecture]:

@@ -13,9 +13,9 @@ from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.names import numbered
 from megalign.conversion.rules import QKV, Rule, Vocab, expand, hf_shapes, pieces, shard_shape
-from tests.tiny import CONFIGS
+from tests.tiny import CONFIGS, DENSE_FAMILIES
 
-FAMILIES = tuple(CONFIGS)
+FAMILIES = tuple(DENSE_FAMILIES)
 # 24 query and 6 key/value heads: tp 4 cuts groups, tp 8 even heads, and is more than the key/value heads.
 HEADS = {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 48}
 

@@ -21,7 +21,7 @@ from megalign.resharding.export import gathered, named_slices, save_hf
 from megalign.resharding.load import load_hf
 from tests.layouts import EIGHT_RANKS, ONE_RANK, Layout, arguments, groups_of
 from tests.ranks import run_ranks
-from tests.tiny import CONFIGS, save_tiny_model
+from tests.tiny import DENSE_FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.megatron
 
@@ -30,15 +30,18 @@ LAYOUTS = [ONE_RANK, Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=4
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return marked_models(DENSE_FAMILIES, tmp_path_factory.mktemp("models"))
+
+
+def marked_models(families: list[str], root: Path) -> dict[str, str]:
     """A model of each family, with a negative zero, a denormal and a NaN that copying must not touch."""
-    root = tmp_path_factory.mktemp("models")
-    for family in CONFIGS:
+    for family in families:
         file = Path(save_tiny_model(family, root / family)) / "model.safetensors"
         tensors = load_file(file)
         for tensor in tensors.values():
             tensor.view(-1)[:3] = torch.tensor([-0.0, 1e-42, float("nan")])
         save_file(tensors, file, metadata={"format": "pt"})
-    return {family: str(root / family) for family in CONFIGS}
+    return {family: str(root / family) for family in families}
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:

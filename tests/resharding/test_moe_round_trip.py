@@ -1,0 +1,47 @@
+"""Models with experts: Hugging Face -> Megatron -> Hugging Face is bitwise at the layouts that experts add."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megalign.errors import UserError
+from tests.layouts import ONE_RANK, Layout
+from tests.moe_layouts import MOE_LAYOUTS
+from tests.ranks import run_ranks
+from tests.resharding.test_round_trip import build, check_round_trip, marked_models
+from tests.tiny import MOE_FAMILIES, save_tiny_model
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return marked_models(MOE_FAMILIES, tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
+def test_hf_to_megatron_to_hf_is_bitwise(models: dict[str, str], tmp_path: Path, layout: Layout) -> None:
+    check_round_trip(models, tmp_path, layout)
+
+
+def load_error(path: str) -> str | None:
+    try:
+        build(path, ONE_RANK)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_layers_behind_the_last_are_left_out_where_the_config_has_them(tmp_path: Path) -> None:
+    for number in (1, 0):
+        path = save_tiny_model("deepseek_v3", tmp_path / str(number), num_nextn_predict_layers=number)
+        tensors = load_file(f"{path}/model.safetensors")
+        tensors["model.layers.4.eh_proj.weight"] = torch.zeros(32, 64)
+        save_file(tensors, f"{path}/model.safetensors", metadata={"format": "pt"})
+        [error] = run_ranks(1, load_error, path)
+        assert (error is None) == (number == 1), error
+    assert "unexpected tensors: model.layers.4.eh_proj.weight" in error
