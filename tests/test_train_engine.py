@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalign import device
@@ -98,3 +99,23 @@ def test_a_sleeping_engine_gives_its_memory_back_and_wakes_bitwise(tmp_path: Pat
         held = 4 * size // layout.dp  # weights, gradients and two moments, fp32 each
         assert awake - asleep > 0.9 * held, (size, awake, asleep)
         assert again - asleep > 0.9 * held, (size, asleep, again)
+
+
+def saved(path: str, layout: Layout, directory: str) -> None:
+    make_engine(path, layout, trainable=False).save(directory)
+
+
+def loaded(path: str, layout: Layout, directory: str) -> dict[str, torch.Tensor]:
+    engine = make_engine(path, layout, trainable=False)
+    engine.load(directory)
+    return weights(engine)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "phi3"])
+def test_norms_behind_the_parts_and_fused_tensors_are_read_at_another_layout(tmp_path: Path, family: str) -> None:
+    path, other = (save_tiny_model(family, tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    run_ranks(2, saved, path, Layout(tp=2, sp=True), str(tmp_path / "checkpoint"))
+    wanted = load_file(f"{path}/model.safetensors")
+    for found in run_ranks(2, loaded, other, Layout(pp=2), str(tmp_path / "checkpoint")):
+        assert sorted(found) == sorted(wanted)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)

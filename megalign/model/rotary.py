@@ -67,12 +67,8 @@ class Rotary:
 
 def _angles(architecture: Architecture, local: bool, lengths: tuple[int, ...]) -> Tensor:
     """[T, rotary_dim / 2] float32."""
-    return torch.cat(
-        [
-            torch.outer(torch.arange(length).float(), inverse_frequencies(architecture, local=local, length=length))
-            for length in lengths
-        ]
-    )
+    frequencies = {length: inverse_frequencies(architecture, local=local, length=length) for length in set(lengths)}
+    return torch.cat([torch.outer(torch.arange(length).float(), frequencies[length]) for length in lengths])
 
 
 def inverse_frequencies(architecture: Architecture, *, local: bool = False, length: int = 0) -> Tensor:

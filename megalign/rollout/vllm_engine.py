@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megalign import device
 from megalign.batch import Completion
+from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_files import read_config
 from megalign.conversion.rules import hf_shapes
@@ -69,6 +70,7 @@ class VllmEngine:
         self._has_weights = False  # vLLM starts with dummy weights
         architecture = architecture_of(read_config(model_path))
         self._expected = hf_shapes(rules_of(architecture), architecture).keys()
+        check_rope(architecture, args.vllm_max_model_length)
         self._vllm = _import_vllm()
         _check_names(args.generation_kwargs or {}, self._vllm)
         job = _job_name(groups)
@@ -215,6 +217,21 @@ class VllmEngine:
             )
         except (ValueError, TypeError, self._vllm.exceptions.VLLMValidationError) as error:
             raise UserError(f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}") from error
+
+
+def check_rope(architecture: Architecture, max_model_length: int | None) -> None:
+    """UserError where vLLM would rotate otherwise than the trainer: LongRoPE past the original length."""
+    scaling = architecture.rope_scaling or {}
+    if scaling.get("rope_type") != "longrope":
+        return
+    original = scaling["original_max_position_embeddings"]
+    limit = max_model_length or architecture.max_position_embeddings
+    if limit > original:
+        raise UserError(
+            f"vllm_max_model_length {limit} is past the model's original_max_position_embeddings {original}: vLLM "
+            "would take LongRoPE's long factors for every sequence, the trainer takes them for longer ones only; set "
+            f"vllm_max_model_length to {original} or less"
+        )
 
 
 def _import_vllm() -> Any:

@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5 mini and Phi-4: Llama with fused projections, LongRoPE, a window and partly rotated heads.
 
 Past original_max_position_embeddings a sequence takes the long factors, whole, as in transformers. vLLM takes them for
-every sequence once vllm_max_model_len is past it, so let it not be where only shorter ones are sampled.
+every sequence or for none (see rollout.vllm_engine.check_rope).
 """
 
 from __future__ import annotations
