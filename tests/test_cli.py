@@ -129,7 +129,7 @@ def test_the_command_line_wins_over_yaml_and_env_is_set(tmp_path, monkeypatch):
         (["--fp16"], ["fp16=True is refused", "nearest: bf16"]),
         (["--use-peft"], ["use_peft=True is refused"]),
         (["--optim", "sgd"], ["optim='sgd' is refused"]),
-        (["--context_parallel_size", "2"], ["context_parallel_size=2", "not built yet"]),
+        (["--context_parallel_size", "0"], ["context_parallel_size=0", "at least 1"]),
         (["--max_steps", "1", "--max-steps=2"], ["--max_steps is given twice"]),
         (["--packing", "--no_packing"], ["--packing is given twice"]),
         (["--lr_scheduler_kwargs", "{min_lr: 1, min_lr: 2}"], ["'min_lr' is given twice"]),

@@ -57,7 +57,7 @@ def test_every_gradient_equals_plain_autograd(tiny_models: TinyModels, family: s
     check_gradients(tiny_models[family], layout, "dapo")
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_two_clipped_steps_equal_torch_adamw(tiny_models: TinyModels, family: str, layout: Layout) -> None:
     check_two_steps(tiny_models[family], layout)

@@ -72,10 +72,11 @@ def test_an_unknown_attribute_set_later_is_not_dropped():
         {"lr_scheduler_type": "linea"},
         {"save_strategy": "best"},
         {"packing_strategy": "bfd-requeue"},
-        {"context_parallel_size": 2},
-        {"virtual_pipeline_model_parallel_size": 2},
-        {"expert_model_parallel_size": 2},
-        {"sequence_parallel": True},
+        {"context_parallel_size": 0},
+        {"virtual_pipeline_model_parallel_size": 0},
+        {"expert_model_parallel_size": 0},
+        {"sequence_parallel": 1},
+        {"transformer_impl": "inference_optimized"},
     ],
 )
 def test_a_wrong_value_is_named_with_its_field_and_a_way_out(values):
