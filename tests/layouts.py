@@ -60,6 +60,7 @@ LAYOUTS = [
     Layout(tp=2, pp=2),
 ]
 EIGHT_RANKS = Layout(tp=2, pp=2, dp=2)
+EVERYTHING = Layout(tp=2, sp=True, cp=2, pp=2, vpp=2)
 
 
 def groups_of(layout: Layout) -> ParallelGroups:

@@ -21,7 +21,7 @@ from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
 from tests.by_hand import packed
-from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
+from tests.layouts import EIGHT_RANKS, EVERYTHING, LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import as_saved, load_reference, save_tiny_model
 
@@ -222,10 +222,16 @@ def test_norms_behind_the_parts_windows_and_caps_are_recomputed(tmp_path: Path, 
     check_gradients(save_tiny_model("gemma2", tmp_path), Layout(tp=2, sp=True), "sft", **recompute)
 
 
+def test_every_gradient_with_more_tensor_ranks_than_key_and_value_heads(model_path: str) -> None:
+    check_gradients(model_path, Layout(tp=4, sp=True), "sft")
+
+
 @pytest.mark.ranks8
-@pytest.mark.parametrize("name", ["sft", "dapo"])
-def test_every_gradient_equals_plain_autograd_on_eight_ranks(model_path: str, name: str) -> None:
-    check_gradients(model_path, EIGHT_RANKS, name)
+@pytest.mark.parametrize(
+    ("layout", "name"), [(EIGHT_RANKS, "sft"), (EIGHT_RANKS, "dapo"), (EVERYTHING, "dapo")], ids=str
+)
+def test_every_gradient_equals_plain_autograd_on_eight_ranks(model_path: str, layout: Layout, name: str) -> None:
+    check_gradients(model_path, layout, name)
 
 
 @pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.layouts import EIGHT_RANKS, LAYOUTS, ONE_RANK, Layout
+from tests.layouts import EIGHT_RANKS, EVERYTHING, LAYOUTS, ONE_RANK, Layout
 from tests.parity import largest_difference
 from tests.tiny import DENSE_FAMILIES, TinyModels, save_tiny_model
 
@@ -49,7 +49,13 @@ def test_logprobs_do_not_depend_on_the_microbatch(
     assert largest_difference(tiny_models[family], Layout(pp=2), microbatches) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # two KV heads, and one
+def test_more_tensor_ranks_than_key_and_value_heads(tiny_models: TinyModels, family: str) -> None:
+    assert largest_difference(tiny_models[family], Layout(tp=4, sp=True)) < 1e-4
+
+
 @pytest.mark.ranks8
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_logprobs_equal_transformers_on_eight_ranks(tiny_models: TinyModels, family: str) -> None:
-    assert largest_difference(tiny_models[family], EIGHT_RANKS) < 1e-4
+@pytest.mark.parametrize("layout", [EIGHT_RANKS, EVERYTHING], ids=str)
+def test_logprobs_equal_transformers_on_eight_ranks(tiny_models: TinyModels, family: str, layout: Layout) -> None:
+    assert largest_difference(tiny_models[family], layout) < 1e-4

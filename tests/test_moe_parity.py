@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.layouts import ONE_RANK, Layout
+from tests.layouts import EVERYTHING, ONE_RANK, Layout
 from tests.moe_layouts import MOE_LAYOUTS
 from tests.parity import largest_difference
 from tests.test_gradient_parity import check_gradients, check_two_steps
@@ -55,6 +55,12 @@ def test_logprobs_of_what_a_config_may_change_equal_transformers(tmp_path: Path,
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_every_gradient_equals_plain_autograd(tiny_models: TinyModels, family: str, layout: Layout) -> None:
     check_gradients(tiny_models[family], layout, "dapo")
+
+
+@pytest.mark.ranks8
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_every_gradient_with_everything_split(tiny_models: TinyModels, family: str) -> None:
+    check_gradients(tiny_models[family], EVERYTHING._replace(ep=2, etp=2), "dapo")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

@@ -25,7 +25,18 @@ from tests.tiny import DENSE_FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.megatron
 
-LAYOUTS = [ONE_RANK, Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=4), Layout(pp=2, dp=2)]
+LAYOUTS = [
+    ONE_RANK,
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(cp=2),
+    Layout(pp=2, vpp=2),
+    Layout(pp=2, first=1),
+    Layout(tp=2, pp=2),
+    Layout(tp=2, cp=2),
+    Layout(tp=4),
+    Layout(pp=2, dp=2),
+]
 
 
 @pytest.fixture(scope="module")
