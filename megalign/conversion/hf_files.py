@@ -70,12 +70,11 @@ class HfReader:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
-        """hf[index], in the file's dtype, on the CPU; no more of the file is read than that, or what steps leap over."""
-        parts = [part for part in index if isinstance(part, slice)]  # a number takes its dim away
-        block = tuple(slice(part.start, part.stop) if isinstance(part, slice) else part for part in index)
-        read = self._files[name].get_slice(name)[block]
+        """hf[index], reading no more of the file than that and what steps skip; in the file's dtype, on the CPU."""
         # Not every version of safetensors reads steps.
-        return read[tuple(slice(None, None, part.step) for part in parts)] if any(p.step for p in parts) else read
+        block = tuple(slice(part.start, part.stop) if isinstance(part, slice) else part for part in index)
+        steps = tuple(slice(None, None, part.step) for part in index if isinstance(part, slice))  # numbers leave no dim
+        return self._files[name].get_slice(name)[block][steps]
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, ignored: set[str]) -> None:
         """Raises when the directory's tensors are not exactly those expected, or are of another shape."""

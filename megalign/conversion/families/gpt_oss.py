@@ -1,4 +1,4 @@
-"""gpt-oss: Llama with biases, attention sinks, alternating windows, and experts with a clamped gate, stacked in files."""
+"""gpt-oss: Llama with biases, attention sinks, alternating windows, and experts with a clamped gate."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def rules(architecture: Architecture) -> list[Rule]:
             *llama.rules(architecture),
             QKV.of(attention + "linear_qkv.bias", self_attn + "{}_proj.bias"),
             Copy.of(attention + "linear_proj.bias", self_attn + "o_proj.bias", ("hidden_size",)),
-            Copy.of(
-                attention + "core_attention.softmax_offset", self_attn + "sinks", ("num_attention_heads",), dim=0
-            ),
+            Copy.of(attention + "core_attention.softmax_offset", self_attn + "sinks", ("num_attention_heads",), dim=0),
         ],
         Copy.of(mlp + "router.weight", router + "weight", ("num_experts", "hidden_size")),
         Copy.of(mlp + "router.bias", router + "bias", ("num_experts",)),
