@@ -30,15 +30,19 @@ LAYOUTS = [ONE_RANK, Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=4
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A model of each family, with a negative zero, a denormal and a NaN that copying must not touch."""
+    """A model of each family."""
     root = tmp_path_factory.mktemp("models")
-    for family in CONFIGS:
-        file = Path(save_tiny_model(family, root / family)) / "model.safetensors"
-        tensors = load_file(file)
-        for tensor in tensors.values():
-            tensor.view(-1)[:3] = torch.tensor([-0.0, 1e-42, float("nan")])
-        save_file(tensors, file, metadata={"format": "pt"})
-    return {family: str(root / family) for family in CONFIGS}
+    return {family: save_model_to_copy(family, root / family) for family in CONFIGS}
+
+
+def save_model_to_copy(family: str, path: Path, **changes: object) -> str:
+    """A model with a negative zero, a denormal and a NaN that copying must not touch."""
+    file = Path(save_tiny_model(family, path, **changes)) / "model.safetensors"
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        tensor.view(-1)[:3] = torch.tensor([-0.0, 1e-42, float("nan")])[: tensor.numel()]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return str(path)
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
