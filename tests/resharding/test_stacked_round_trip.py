@@ -1,4 +1,4 @@
-"""A family whose files hold the experts of a layer as one tensor, transposed and interleaved: bitwise at every layout."""
+"""Files that hold the experts of a layer as one tensor, transposed and interleaved: bitwise at every layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,5 @@ def test_hf_to_megatron_to_hf_is_bitwise(models: dict[str, str], tmp_path: Path,
 
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True, etp=2)], ids=str)
 def test_a_stack_of_one_is_a_stack(tmp_path: Path, layout: Layout) -> None:
-    # As wide as long: only where a tensor stands tells that it is transposed.
-    sizes = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 32}
-    path = save_model_to_copy("gpt_oss", tmp_path / "model", **sizes)
+    path = save_model_to_copy("gpt_oss", tmp_path / "model", num_local_experts=1, num_experts_per_tok=1)
     check_round_trip({"one": path}, tmp_path / "out", layout)
