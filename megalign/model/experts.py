@@ -81,6 +81,12 @@ class ExpertRowParallelLinear(RowParallelLinear):
     Megatron's MLP adds the bias to each rank's part of a sum.
     """
 
+    def __init__(self, *sizes: int, **kwargs: Any) -> None:
+        super().__init__(*sizes, **kwargs)
+        # Else an output of one rank comes back from its collective as it went in, and autograd forbids the MLP to add
+        # the bias in place (layers.py:1289, mlp.py:247 of 0.16.1).
+        self.explicit_expert_comm = True
+
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
         if bias is None or self.tp_group.size() == 1:
