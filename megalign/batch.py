@@ -125,7 +125,7 @@ class Slice(NamedTuple):
 
     hf_name: str
     full_shape: tuple[int, ...]
-    index: tuple[slice, ...]  # where `tensor` stands in the whole
+    index: tuple[int | slice, ...]  # where `tensor` stands in the whole
     tensor: Tensor
 
 

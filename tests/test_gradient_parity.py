@@ -169,8 +169,8 @@ def reference_gradients(path: str, name: str, logprobs: dict[int, Tensor]) -> tu
 def reference_steps(path: str, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
     """torch's AdamW as transformers' Trainer groups it: no decay for biases and norms."""
     model = load_reference(path)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
+    plain = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("bias")]  # experts' are stacked
+    decayed = [p for p in model.parameters() if all(p is not other for other in plain)]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-3
     )

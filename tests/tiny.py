@@ -18,6 +18,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -100,6 +101,15 @@ YARN_ROPE = dict(
     mscale=0.7,
     mscale_all_dim=0.9,
 )
+GPT_OSS_ROPE = dict(
+    rope_type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=32,
+    beta_fast=4.0,
+    beta_slow=1.0,
+    truncate=False,
+)
 MOE_CONFIGS = {
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, rope_parameters={"rope_theta": 1e4}),
     "qwen2_moe": lambda: Qwen2MoeConfig(
@@ -132,6 +142,15 @@ MOE_CONFIGS = {
         rms_norm_eps=1e-5,
         rope_parameters=YARN_ROPE,
     ),
+    "gpt_oss": lambda: GptOssConfig(
+        **SIZES,
+        head_dim=12,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=6,
+        swiglu_limit=0.5,  # so tight that the tiny model's gates reach it
+        rope_parameters=GPT_OSS_ROPE,
+    ),
 }
 # Those with experts have layouts of their own (tests.moe_layouts), and cannot have TP without sequence parallelism.
 DENSE_FAMILIES, MOE_FAMILIES = sorted(CONFIGS), sorted(MOE_CONFIGS)
@@ -160,7 +179,7 @@ def _save(kind: Any, family: str, path: Path, seed: int, dtype: torch.dtype, cha
             # Large enough that attention is not uniform and every bias and norm weight shows in the output.
             parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, router in model.named_parameters():
-            if name.endswith("mlp.gate.weight"):
+            if name.endswith(("mlp.gate.weight", "mlp.router.weight")):
                 router.mul_(5)  # near ties would be decided by rounding, differently at each layout
         for name, bias in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megalign.errors import UserError
 
 LayerKind = Literal["dense", "moe"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "quick_gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class MixtureOfExperts:
     """A group's score is the sum of the scores of this many of its experts, the best."""
     router_in_fp32: bool = False
     """The router's product is in fp32; else in the model's dtype, as transformers computes it for the family."""
+
+    @property
+    def gate_up_size(self) -> int:
+        """Rows of an expert's gate and up projection in one tensor."""
+        return 2 * self.ffn_hidden_size
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
@@ -133,10 +138,16 @@ class Architecture:
     """Of the attention's scores; None: 1 / sqrt(head_dim)."""
     attention_softcap: float | None = None
     """Scores become softcap * tanh(score / softcap) before the mask."""
+    attention_sinks: bool = False
+    """A learned score of each head, of no token, is in the softmax with the others."""
     logit_softcap: float | None = None
     """The same for the language model's logits."""
     activation: Activation = "silu"
-    """Of the gate."""
+    """Of the gate; quick_gelu: x * sigmoid(1.702 x)."""
+    activation_limit: float | None = None
+    """Before it gates are cut above this, what they multiply above and below."""
+    up_offset: float = 0.0
+    """Added to what gates multiply, after that."""
     zero_centered_norms: bool = False
     """Norms multiply by 1 + weight, in fp32."""
     sandwich_norms: bool = False
@@ -144,6 +155,9 @@ class Architecture:
     embedding_scale: float | None = None
     """What embeddings are multiplied by, in their dtype."""
     qkv_bias: bool = False
+    linear_bias: bool = False
+    """A bias on all that is linear in a layer: besides queries, keys and values the output projection of attention,
+    the router, and the feed-forward part or experts."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys."""
     tied_embeddings: bool = False

@@ -28,8 +28,8 @@ class Fused(Rule):
         for tensor in self.apart.hf:
             begins[tensor] = first
             first += tensor.sizes(architecture)[0]
-        for tensor, start, stop in self.apart.ranges(architecture, tp_size):
-            yield Range(self.hf[0], begins[tensor] + start, begins[tensor] + stop)
+        for tensor, start, stop, step in self.apart.ranges(architecture, tp_size):
+            yield Range(self.hf[0], begins[tensor] + start, begins[tensor] + stop, step)
 
 
 def fuse(rules: list[Rule], megatron: str, hf: str, rows: str) -> list[Rule]:

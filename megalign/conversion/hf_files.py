@@ -69,9 +69,12 @@ class HfReader:
         """Shape of a tensor, from the file's header."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
-        """hf[index], reading no more of the file than that; in the file's dtype, on the CPU."""
-        return self._files[name].get_slice(name)[index]
+    def read(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """hf[index], reading no more of the file than that and what steps skip; in the file's dtype, on the CPU."""
+        # Not every version of safetensors reads steps.
+        block = tuple(slice(part.start, part.stop) if isinstance(part, slice) else part for part in index)
+        steps = tuple(slice(None, None, part.step) for part in index if isinstance(part, slice))  # numbers leave no dim
+        return self._files[name].get_slice(name)[block][steps]
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, ignored: set[str]) -> None:
         """Raises when the directory's tensors are not exactly those expected, or are of another shape."""

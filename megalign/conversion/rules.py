@@ -2,7 +2,8 @@
 
 A rule lists those ranges in Megatron's order; `pieces` cuts them for one tensor-parallel shard. Copying a
 piece one way loads, the other way exports. Shapes are names of an Architecture's sizes. No torch in here.
-A rule whose Megatron name has one `*` is of each layer, with two of each expert of each layer.
+A rule whose Megatron name has one `*` is of each layer, with two of each expert of each layer. The Hugging Face
+tensor of an expert may be a part of one that holds a layer's experts, and lie transposed in it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.conversion.names import Key, numbered
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class HfTensor(NamedTuple):
@@ -21,32 +25,55 @@ class HfTensor(NamedTuple):
 
     name: str
     shape: tuple[str, ...]  # names of Architecture sizes, dotted for those of its parts
+    stacked: bool = False  # its first dim is the experts of a layer
+    transposed: bool = False  # what one expert (or layer) has of it stands with rows and columns exchanged
 
     def sizes(self, architecture: Architecture) -> tuple[int, ...]:
         """The shape in numbers."""
         return tuple(attrgetter(size)(architecture) for size in self.shape)
 
+    def part_sizes(self, architecture: Architecture) -> tuple[int, ...]:
+        """The shape of what one Megatron tensor takes of it, as Megatron has it."""
+        sizes = self.sizes(architecture)[self.stacked :]
+        return sizes[::-1] if self.transposed else sizes
+
 
 class Range(NamedTuple):
-    """Rows (or, for a rule on dim 1, columns) start:stop of a Hugging Face tensor."""
+    """Rows (or, for a rule on dim 1, columns) start:stop:step of a Hugging Face tensor, as Megatron has it."""
 
     tensor: HfTensor
     start: int
     stop: int
+    step: int = 1
+
+    @property
+    def length(self) -> int:
+        """How many rows it has."""
+        return len(range(self.start, self.stop, self.step))
+
+    def part(self, first: int, end: int) -> slice:
+        """Where its rows number first:end stand in the tensor."""
+        begin, last = (self.start + row * self.step for row in (first, end - 1))
+        return slice(begin, last + 1, None if self.step == 1 else self.step)
 
 
 class Piece(NamedTuple):
-    """hf[hf_index] == shard[shard_index], for one shard of one Megatron tensor."""
+    """turned(hf[hf_index]) == shard[shard_index], for one shard of one Megatron tensor."""
 
     hf_name: str
     hf_shape: tuple[int, ...]
-    hf_index: tuple[slice, ...]
+    hf_index: tuple[int | slice, ...]
     shard_index: tuple[slice, ...]
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the piece itself."""
+        """The shape of the piece itself, as Megatron has it."""
         return tuple(part.stop - part.start for part in self.shard_index)
+
+    def turned(self, part: Tensor) -> Tensor:
+        """A view: what stands in the Hugging Face tensor as it stands in the shard, and the other way round."""
+        return part.mT if self.transposed else part
 
 
 @dataclass(frozen=True)
@@ -90,11 +117,11 @@ class Rule:
         """The ranges in Megatron's order; shard r of n equal shards of their concatenation is TP rank r's."""
         dim = self.dim or 0
         for tensor in self.hf:
-            yield Range(tensor, 0, tensor.sizes(architecture)[dim])
+            yield Range(tensor, 0, tensor.part_sizes(architecture)[dim])
 
     def length(self, architecture: Architecture, tp_size: int) -> int:
         """The full length along `dim`, pads included."""
-        return sum(item.stop - item.start for item in self.ranges(architecture, tp_size))
+        return sum(item.length for item in self.ranges(architecture, tp_size))
 
 
 @dataclass(frozen=True)
@@ -139,7 +166,7 @@ class GateUp(Rule):
 
     def ranges(self, architecture: Architecture, tp_size: int) -> Iterator[Range]:
         """See Rule.ranges."""
-        length = self.hf[0].sizes(architecture)[0]
+        length = self.hf[0].part_sizes(architecture)[0]
         assert length % tp_size == 0, f"{self.megatron}: tp {tp_size}"
         rows = length // tp_size
         for rank in range(tp_size):
@@ -168,7 +195,7 @@ class Vocab(Rule):
 
 def shard_shape(rule: Rule, architecture: Architecture, tp_size: int) -> tuple[int, ...]:
     """The shape of one TP rank's shard of the Megatron tensor."""
-    shape = list(rule.hf[0].sizes(architecture))
+    shape = list(rule.hf[0].part_sizes(architecture))
     if rule.dim is not None:
         length = rule.length(architecture, tp_size)
         assert length % tp_size == 0, f"{rule.megatron}: tp {tp_size} does not divide {length}"
@@ -184,19 +211,23 @@ def pieces(
     dim = rule.dim or 0
     first = 0 if rule.dim is None else tp_rank * shape[dim]
     found, position = [], 0
-    for tensor, start, stop in rule.ranges(architecture, tp_size):
+    for rows in rule.ranges(architecture, tp_size):
         low = max(position, first)
-        high = min(position + stop - start, first + shape[dim])
+        high = min(position + rows.length, first + shape[dim])
         if low < high:
+            tensor = rows.tensor
+            part = _index(shape, dim, rows.part(low - position, high - position))
+            part = part[::-1] if tensor.transposed else part
             found.append(
                 Piece(
                     hf_name=numbered(tensor.name, indices),
                     hf_shape=tensor.sizes(architecture),
-                    hf_index=_index(shape, dim, start + low - position, start + high - position),
-                    shard_index=_index(shape, dim, low - first, high - first),
+                    hf_index=(indices[-1], *part) if tensor.stacked else part,
+                    shard_index=_index(shape, dim, slice(low - first, high - first)),
+                    transposed=tensor.transposed,
                 )
             )
-        position += stop - start
+        position += rows.length
     return found
 
 
@@ -222,5 +253,5 @@ def hf_shapes(rules: list[Rule], architecture: Architecture) -> dict[str, tuple[
     }
 
 
-def _index(shape: tuple[int, ...], dim: int, start: int, stop: int) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) if d == dim else slice(0, size) for d, size in enumerate(shape))
+def _index(shape: tuple[int, ...], dim: int, part: slice) -> tuple[slice, ...]:
+    return tuple(part if d == dim else slice(0, size) for d, size in enumerate(shape))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
     from megalign.config import LoopConfig
 
 PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+def quick_gelu(gate: Tensor) -> Tensor:
+    """Megatron has it compiled; same numbers without."""
+    return gate * torch.sigmoid(1.702 * gate)
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "quick_gelu": quick_gelu}
 
 
 def transformer_config(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> TransformerConfig:
@@ -31,7 +39,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
     implementation = transformer_impl(args, architecture)
     uses_te = implementation == TRANSFORMER_ENGINE
     kind = TransformerConfig if architecture.mla is None else MLATransformerConfig
-    return kind(
+    config = kind(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -42,6 +50,8 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=ACTIVATIONS[architecture.activation],
+        activation_func_clamp_value=architecture.activation_limit,
+        glu_linear_offset=architecture.up_offset,
         layernorm_zero_centered_gamma=architecture.zero_centered_norms,
         softmax_scale=architecture.softmax_scale,
         add_bias_linear=False,
@@ -86,6 +96,10 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         apply_rope_fusion=False,
         persist_layer_norm=False,
     )
+    # Set late: Megatron refuses it with expert tensor parallelism, where its experts would add their last bias on each
+    # rank. Ours add it once (model.experts).
+    config.add_bias_linear = architecture.linear_bias
+    return config
 
 
 def _latent_attention(architecture: Architecture) -> dict[str, Any]:

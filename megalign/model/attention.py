@@ -1,7 +1,7 @@
 """Causal attention inside each sequence of a packed batch, on torch's scaled_dot_product_attention.
 
-Queries and keys are rotated here as well. Where torch's causal mask does not do (a sliding window, capped scores)
-queries are answered in blocks, so that no mask or score matrix of a whole sequence exists.
+Queries and keys are rotated here as well. Where torch's causal mask does not do (a sliding window, capped scores, a
+sink) queries are answered in blocks, so that no mask or score matrix of a whole sequence exists.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -68,7 +69,8 @@ class PackedAttention(nn.Module):
     """softmax(q k^T * scale) v within each sequence; grouped queries without repeating keys.
 
     With a `window` a token sees that many tokens, itself included; with a `softcap` scores become
-    softcap * tanh(score / softcap).
+    softcap * tanh(score / softcap). With `sinks` each head has a score more in its softmax, a parameter, of a token
+    whose value is 0; the heads' split over tensor ranks is the parameter's.
     Under context parallelism every rank gathers all keys and values, and answers its own queries.
     """
 
@@ -83,11 +85,16 @@ class PackedAttention(nn.Module):
         rotary: Rotary | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
         **_: Any,
     ) -> None:
         super().__init__()
         self._scale = softmax_scale  # None: 1 / sqrt(head_dim)
         self.rotary, self._window, self._softcap = rotary, window, softcap
+        self.softmax_offset: nn.Parameter | None = None  # Megatron's name for sinks
+        if sinks:
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
 
     def forward(
         self,
@@ -120,7 +127,8 @@ class PackedAttention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The queries are the last of the keys' positions."""
-        if self._softcap is None and (self._window is None or len(key) <= self._window):
+        is_plain = self._softcap is None and self.softmax_offset is None
+        if is_plain and (self._window is None or len(key) <= self._window):
             return self._attend_causally(query, key, value)
         if len(query) <= BLOCK:
             return self._attend_block(query, key, value)
@@ -140,15 +148,25 @@ class PackedAttention(nn.Module):
         distance = keys[len(key) - len(query) :, None] - keys
         seen = distance >= 0 if self._window is None else (distance >= 0) & (distance < self._window)
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-        if self._softcap is None:
+        if self._softcap is None and self.softmax_offset is None:
             grouped = query.shape[1] != key.shape[1]
             attended = F.scaled_dot_product_attention(query, key, value, seen, scale=self._scale, enable_gqa=grouped)
             return attended[0].transpose(0, 1)
         grouped = query.unflatten(1, (key.shape[1], -1))  # [1, groups, heads / groups, queries, head_dim]
         scale = query.shape[-1] ** -0.5 if self._scale is None else self._scale
-        scores = self._softcap * torch.tanh(grouped @ key[:, :, None].mT * (scale / self._softcap))
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+        if self._softcap is None:
+            scores = grouped @ key[:, :, None].mT * scale
+        else:
+            scores = self._softcap * torch.tanh(grouped @ key[:, :, None].mT * (scale / self._softcap))
+        weights = self._softmax(scores.masked_fill(~seen, -torch.inf)).to(query.dtype)
         return (weights @ value[:, :, None])[0].flatten(0, 1).transpose(0, 1)
+
+    def _softmax(self, scores: Tensor) -> Tensor:
+        """[1, groups, heads / groups, queries, keys] in fp32, where sinks take their part and are left out."""
+        if self.softmax_offset is None:
+            return scores.softmax(-1, dtype=torch.float32)
+        sinks = self.softmax_offset.to(scores.dtype).view(*scores.shape[1:3], 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
 
     def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         whole = len(query) == len(key)
@@ -159,6 +177,13 @@ class PackedAttention(nn.Module):
             scale=self._scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )[0].transpose(0, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks as Megatron's checkpoints describe a tensor that tensor ranks split."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
 
 
 @dataclass(frozen=True)

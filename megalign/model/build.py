@@ -15,6 +15,7 @@ from torch import Tensor, empty, nn, tensor, where
 from megalign import device
 from megalign.conversion.architecture import Architecture
 from megalign.model.architecture import transformer_config
+from megalign.model.attention import PackedAttention
 from megalign.model.experts import mark_experts
 from megalign.model.layer_spec import layer_spec
 from megalign.parallel.groups import Axis, ParallelGroups
@@ -153,7 +154,7 @@ def _mark_tensor_parallel(model: nn.Module) -> None:
     a split weight for a replicated one and counts tensor rank 0's part only."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | PackedAttention):
                 _mark(parameter, dim=0)
             elif isinstance(module, RowParallelLinear) and name == "weight":
                 _mark(parameter, dim=1)

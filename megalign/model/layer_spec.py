@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
-from megalign.model.experts import route_by
+from megalign.model.experts import ExpertRowParallelLinear, route_by
 from megalign.model.extensions import has_transformer_engine
 from megalign.model.latent_attention import LATENT_EPSILON, PackedLatentAttention
 from megalign.model.norms import NormedRowParallelLinear, RMSNorm
@@ -56,6 +56,7 @@ def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
     needs = {
         "sliding window that differs by layer": architecture.sliding_layers,
         "cap on attention scores": architecture.attention_softcap,
+        "sink in attention": architecture.attention_sinks,
         "norm behind attention and feed-forward part": architecture.sandwich_norms,
         "epsilon for latent norms alone": architecture.mla and architecture.norm_epsilon != LATENT_EPSILON,
     }
@@ -107,6 +108,8 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if kind == "moe":
         route_by(parts.mlp, architecture.moe)
+        if architecture.linear_bias:
+            _submodules(_submodules(parts.mlp).experts).linear_fc2 = ExpertRowParallelLinear
     parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
     if architecture.mla is not None:  # it rotates a part of its heads itself
@@ -119,6 +122,7 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
         rotary=Rotary.of(architecture, number),
         window=architecture.window(number),
         softcap=architecture.attention_softcap,
+        sinks=architecture.attention_sinks,
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -28,7 +28,8 @@ def named_slices(chunks: Sequence[nn.Module], groups: ParallelGroups, architectu
     for name, owned in plan.tensors.items():
         for owner, key, _, piece in owned:
             if owner == groups.copy.rank:
-                yield Slice(name, plan.shapes[name], piece.hf_index, local[key].tensor[piece.shard_index])
+                part = piece.turned(local[key].tensor[piece.shard_index])
+                yield Slice(name, plan.shapes[name], piece.hf_index, part)
 
 
 @torch.no_grad()
@@ -151,12 +152,13 @@ def _exchange(owned: list[OwnedPiece], local: dict[Key, LocalTensor], groups: Pa
 
 
 def _assemble(shape: tuple[int, ...], parts: list[tuple[OwnedPiece, Tensor]]) -> Tensor:
-    """One whole tensor; a single part is it already."""
-    if len(parts) == 1:
-        return parts[0][1]
-    whole = parts[0][1].new_empty(shape)
+    """One whole tensor; a single part is it already, unless it lies otherwise there."""
+    owned, tensor = parts[0]
+    if len(parts) == 1 and tensor.shape == shape and not owned.piece.transposed:
+        return tensor
+    whole = tensor.new_empty(shape)
     for owned, tensor in parts:
-        whole[owned.piece.hf_index].copy_(tensor)
+        owned.piece.turned(whole[owned.piece.hf_index]).copy_(tensor)
     return whole
 
 

@@ -43,7 +43,8 @@ def load_hf(
             tensor.zero_()  # the pad rows of the vocabulary
         for piece in pieces:
             is_new = new is not None and piece.hf_name == SCORE_HEAD
-            tensor[piece.shard_index].copy_(new if is_new else reader.read(piece.hf_name, piece.hf_index))
+            given = new if is_new else piece.turned(reader.read(piece.hf_name, piece.hf_index))
+            tensor[piece.shard_index].copy_(given)
 
 
 def _behind_the_last_layer(reader: HfReader, architecture: Architecture) -> set[str]:

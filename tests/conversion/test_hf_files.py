@@ -55,6 +55,9 @@ def test_read_gives_the_slice(model_dir: Path) -> None:
     assert reader.shape(name) == (48, 32)
     assert torch.equal(reader.read(name, (slice(5, 9), slice(0, 32))), whole[5:9])
     assert torch.equal(reader.read(name, (slice(0, 48), slice(16, 32))), whole[:, 16:])
+    assert torch.equal(reader.read(name, (slice(5, 12, 3), slice(0, 32))), whole[5:12:3])
+    assert torch.equal(reader.read(name, (7, slice(1, 32, 2))), whole[7, 1::2])
+    assert torch.equal(reader.read(name, (slice(0, 48), 3)), whole[:, 3])
 
 
 def test_sound_directories_pass_with_or_without_the_tied_head(model_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ NAMES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
 
 
@@ -54,10 +56,10 @@ def test_hf_to_shards_to_hf_is_bitwise(saved: tuple[dict[str, Tensor], Architect
             shard = torch.full(shard_shape(rule, architecture, tp_size), float("nan"))
             parts = pieces(rule, architecture, **place)
             for piece in parts:
-                shard[piece.shard_index] = tensors[piece.hf_name][piece.hf_index]
+                shard[piece.shard_index] = piece.turned(tensors[piece.hf_name][piece.hf_index])
             assert isinstance(rule, Vocab) or not shard.isnan().any(), rule.megatron
             for piece in parts:
-                back[piece.hf_name][piece.hf_index] = shard[piece.shard_index]
+                back[piece.hf_name][piece.hf_index] = piece.turned(shard[piece.shard_index])
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
@@ -73,6 +75,43 @@ def test_gate_and_up_of_an_expert_are_split_each_by_hand() -> None:
     ]
 
 
+def stacked_shard(tensor: Tensor, name: str, expert: int, rank: int) -> list[Any]:
+    """Half of an expert's Megatron tensor, of gpt-oss with two hidden dims and experts of two."""
+    small = replace(architecture_of(config_of("gpt_oss")), hidden_size=2)
+    small = replace(small, moe=replace(small.moe, num_experts=2, top_k=1, ffn_hidden_size=2))
+    rule = next(rule for rule in rules_of(small) if rule.per_expert and rule.megatron.endswith(name))
+    shard = torch.full(shard_shape(rule, small, 2), float("nan"))
+    for piece in pieces(rule, small, indices=(3, expert), tp_rank=rank, tp_size=2):
+        assert piece.hf_name.startswith("model.layers.3.mlp.experts.") and piece.hf_shape == tensor.shape
+        shard[piece.shard_index] = piece.turned(tensor[piece.hf_index])
+    return shard.tolist()
+
+
+def test_stacked_and_interleaved_experts_by_hand() -> None:
+    # [2 experts, 2 hidden dims, gate 0, up 0, gate 1, up 1]; Megatron's rank has a gate, then its up, as rows.
+    gate_up = torch.arange(16.0).view(2, 2, 4)
+    assert stacked_shard(gate_up, "linear_fc1.weight", expert=0, rank=0) == [[0, 4], [1, 5]]
+    assert stacked_shard(gate_up, "linear_fc1.weight", expert=1, rank=1) == [[10, 14], [11, 15]]
+    assert stacked_shard(gate_up[:, 0], "linear_fc1.bias", expert=1, rank=1) == [10, 11]
+    # [2 experts, 2 inner dims, 2 hidden dims]; a rank has the columns of its inner dim.
+    down = torch.arange(8.0).view(2, 2, 2)
+    assert stacked_shard(down, "linear_fc2.weight", expert=1, rank=0) == [[4], [5]]
+    assert stacked_shard(down[:, 0], "linear_fc2.bias", expert=1, rank=1) == [4, 5]  # every rank has all of it
+
+
+def test_gpt_oss_of_openai_and_of_transformers_5_are_one() -> None:
+    # The file that OpenAI published, whose rope lies elsewhere, and without what transformers fills in.
+    new = config_of("gpt_oss", rope_parameters=None)
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "swiglu_alpha", "layer_types")}
+    yarn = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False}
+    old |= {"rope_theta": 150000, "rope_scaling": {**yarn, "original_max_position_embeddings": 4096}}
+    read = architecture_of(old)
+    assert read == architecture_of(new)
+    assert read.rotary_base == 150000.0 and read.rope_scaling["truncate"] is False
+    assert [read.window(layer) for layer in range(4)] == [6, None, 6, None]
+    assert (read.activation, read.activation_limit, read.up_offset) == ("quick_gelu", 0.5, 1.0)
+
+
 def test_a_family_states_its_difference() -> None:
     read = {family: architecture_of(config_of(family)) for family in MOE_CONFIGS}
     experts = {family: architecture.moe for family, architecture in read.items()}
@@ -82,6 +121,7 @@ def test_a_family_states_its_difference() -> None:
         "qwen3_moe": (6, 2),
         "deepseek_v2": (6, 2),
         "deepseek_v3": (8, 3),
+        "gpt_oss": (6, 2),
     }
     assert {family: sorted(moe.dense_layers) for family, moe in experts.items()} == {
         "mixtral": [],
@@ -89,9 +129,10 @@ def test_a_family_states_its_difference() -> None:
         "qwen3_moe": [2],
         "deepseek_v2": [],
         "deepseek_v3": [0],
+        "gpt_oss": [],
     }
-    assert [moe.shared_ffn_hidden_size for moe in experts.values()] == [None, 28, None, 40, 20]
-    assert [moe.normalized for moe in experts.values()] == [True, False, True, False, True]
+    assert [moe.shared_ffn_hidden_size for moe in experts.values()] == [None, 28, None, 40, 20, None]
+    assert [moe.normalized for moe in experts.values()] == [True, False, True, False, True, True]
     v2, v3 = experts["deepseek_v2"], experts["deepseek_v3"]
     assert (v2.num_groups, v2.top_groups, v2.group_score_experts, v2.scaling) == (3, 2, 1, 1.7)
     assert (v3.num_groups, v3.top_groups, v3.group_score_experts, v3.scaling) == (4, 2, 2, 2.5)
@@ -147,6 +188,9 @@ def test_greedy_means_no_groups() -> None:
             {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 8, "attention_factor": 1.5}},
             "attention_factor=1.5",
         ),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4.*bf16.*Mxfp4Config.dequantize=True"),
+        ("gpt_oss", {"attention_bias": False}, "attention_bias=False.*only True"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0.*only 1.702"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(family: str, changes: dict[str, Any], told: str) -> None:

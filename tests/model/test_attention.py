@@ -1,10 +1,12 @@
-"""Windows and caps against a softmax over all scores written out, in one block of queries and in several."""
+"""Windows, caps and sinks against a softmax over all scores written out, in one block of queries and in several."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalign.batch import Batch
 from megalign.model import attention
@@ -32,7 +34,9 @@ def packed() -> PackedSequences:
     return PackedSequences.of(batch, Axis(None, 0, 1, [0]))
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None) -> Tensor:
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None = None
+) -> Tensor:
     """Sequence by sequence, head by head, query by query."""
     outputs = []
     for q, k, v in zip(*(x.split(LENGTHS) for x in (query, key, value)), strict=True):
@@ -42,7 +46,8 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, window: int | None, s
             for head in range(4):
                 scores = k[first : i + 1, head // 2] @ q[i, head] * 0.3
                 scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-                row.append(scores.softmax(0) @ v[first : i + 1, head // 2])
+                below = scores.exp().sum() + (0 if sinks is None else sinks[head].exp())
+                row.append(scores.exp() / below @ v[first : i + 1, head // 2])
             outputs.append(torch.cat(row))
     return torch.stack(outputs)
 
@@ -62,3 +67,26 @@ def test_values_and_gradients(monkeypatch: pytest.MonkeyPatch, block: int, windo
         torch.testing.assert_close(mine.grad, other.grad, **ROUNDING)
     with torch.no_grad():
         torch.testing.assert_close(module(*ours, None, packed_seq_params=packed()), wanted, **ROUNDING)
+
+
+@pytest.mark.parametrize("block", [512, 4])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (5, 0.7)])
+def test_values_and_gradients_with_sinks(
+    monkeypatch: pytest.MonkeyPatch, block: int, window: int | None, softcap: float | None
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    config = SimpleNamespace(num_attention_heads=8, tensor_model_parallel_size=2, params_dtype=torch.float64)
+    module = PackedAttention(config, 1, None, "self", softmax_scale=0.3, window=window, softcap=softcap, sinks=True)
+    assert module.softmax_offset.shape == (4,)  # this tensor rank's
+    sinks = nn.Parameter(torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64))
+    with torch.no_grad():
+        module.softmax_offset.copy_(sinks)
+    ours, theirs = [*heads(1), module.softmax_offset], [*heads(1), sinks]
+    seed = torch.randn(sum(LENGTHS), 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = module(*ours[:3], None, packed_seq_params=packed())
+    wanted = written_out(*theirs[:3], window, softcap, sinks)
+    torch.testing.assert_close(found, wanted, **ROUNDING)
+    (found * seed).sum().backward()
+    (wanted * seed).sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, **ROUNDING)

@@ -12,7 +12,7 @@ from megalign.errors import UserError
 from tests.layouts import ONE_RANK, Layout
 from tests.moe_layouts import MOE_LAYOUTS
 from tests.ranks import run_ranks
-from tests.resharding.test_round_trip import build, check_round_trip, marked_models
+from tests.resharding.test_round_trip import build, check_round_trip, marked_models, save_marked_model
 from tests.tiny import MOE_FAMILIES, save_tiny_model
 
 pytestmark = pytest.mark.megatron
@@ -26,6 +26,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_hf_to_megatron_to_hf_is_bitwise(models: dict[str, str], tmp_path: Path, layout: Layout) -> None:
     check_round_trip(models, tmp_path, layout)
+
+
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True, etp=2)], ids=str)
+def test_a_stack_of_one_expert_is_a_stack(tmp_path: Path, layout: Layout) -> None:
+    path = save_marked_model("gpt_oss", tmp_path / "model", num_local_experts=1, num_experts_per_tok=1)
+    check_round_trip({"one": path}, tmp_path / "out", layout)
 
 
 def load_error(path: str) -> str | None:

@@ -45,14 +45,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def marked_models(families: list[str], root: Path) -> dict[str, str]:
-    """A model of each family, with a negative zero, a denormal and a NaN that copying must not touch."""
-    for family in families:
-        file = Path(save_tiny_model(family, root / family)) / "model.safetensors"
-        tensors = load_file(file)
-        for tensor in tensors.values():
-            tensor.view(-1)[:3] = torch.tensor([-0.0, 1e-42, float("nan")])
-        save_file(tensors, file, metadata={"format": "pt"})
-    return {family: str(root / family) for family in families}
+    """A model of each family, with what copying must not touch."""
+    return {family: save_marked_model(family, root / family) for family in families}
+
+
+def save_marked_model(family: str, path: Path, **changes: object) -> str:
+    """A model with a negative zero, a denormal and a NaN that copying must not touch."""
+    file = Path(save_tiny_model(family, path, **changes)) / "model.safetensors"
+    tensors = load_file(file)
+    for tensor in tensors.values():
+        tensor.view(-1)[:3] = torch.tensor([-0.0, 1e-42, float("nan")])[: tensor.numel()]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return str(path)
 
 
 def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:

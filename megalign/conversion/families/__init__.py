@@ -14,6 +14,7 @@ from megalign.conversion.families import (
     gemma2,
     gemma3_text,
     glm4,
+    gpt_oss,
     llama,
     mistral,
     mixtral,
@@ -40,6 +41,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3_moe": qwen3_moe,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
+    "gpt_oss": gpt_oss,
 }
 """By model_type, which is also Architecture.family."""
 HEAD = "output_layer.weight"
