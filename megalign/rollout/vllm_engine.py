@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megalign import device
 from megalign.batch import Completion
+from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_files import read_config
 from megalign.conversion.rules import hf_shapes
@@ -68,20 +69,25 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._has_weights = False  # vLLM starts with dummy weights
         architecture = architecture_of(read_config(model_path))
+        if args.vllm_enable_expert_parallel and architecture.moe is None:
+            raise UserError(
+                f"vllm_enable_expert_parallel=True, but {model_path} is a dense {architecture.family} model without "
+                "experts to split; leave the option out"
+            )
         self._expected = hf_shapes(rules_of(architecture), architecture).keys()
         self._vllm = _import_vllm()
         _check_names(args.generation_kwargs or {}, self._vllm)
         job = _job_name(groups)
         vllm_patches.install(job, groups.world.rank)
         with _untouched_process():
-            self._llm = self._start(model_path, args)
+            self._llm = self._start(model_path, args, _router_fields(architecture))
         if not device.on_cuda():
             dist.barrier(groups.world.group)
             vllm_patches.unlink_shared_memory(job)
-            vllm_patches.check_head_size(self._llm.llm_engine.model_config.get_head_size())
+            self._llm.collective_rpc(vllm_patches.check_head_sizes)
         self.max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
-    def _start(self, model_path: str, args: RolloutConfig) -> Any:
+    def _start(self, model_path: str, args: RolloutConfig, config_changes: dict[str, Any]) -> Any:
         needs_tokenizer = args.vllm_structured_outputs_regex is not None or not _NEED_TOKENIZER.isdisjoint(
             args.generation_kwargs or {}
         )
@@ -103,8 +109,10 @@ class VllmEngine:
         try:
             return self._vllm.LLM(
                 model=model_path,
+                hf_overrides=config_changes,
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=args.vllm_tensor_parallel_size,
+                enable_expert_parallel=args.vllm_enable_expert_parallel,
                 load_format="dummy",  # the trainer's weights arrive before the first prompt
                 dtype=args.params_dtype_name,
                 max_model_len=args.vllm_max_model_length,
@@ -215,6 +223,22 @@ class VllmEngine:
             )
         except (ValueError, TypeError, self._vllm.exceptions.VLLMValidationError) as error:
             raise UserError(f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}") from error
+
+
+def _router_fields(architecture: Architecture) -> dict[str, Any]:
+    """What a config.json of DeepSeek that transformers 5 has written lacks, and vLLM takes other defaults for.
+
+    Without topk_method models/deepseek_v2.py:327 makes no selection bias, without scoring_func :387 scores by softmax.
+    """
+    experts = architecture.moe
+    if architecture.mla is None or experts is None:
+        return {}
+    return {
+        "scoring_func": experts.score,
+        "topk_method": "noaux_tc" if experts.selection_bias else "group_limited_greedy",
+        "n_group": experts.num_groups,
+        "topk_group": experts.top_groups,
+    }
 
 
 def _import_vllm() -> Any:
