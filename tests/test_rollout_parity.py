@@ -98,10 +98,7 @@ RUNS = {
 
 def differences(directory: Path, vllm_tp: int, cases: list[Case]) -> list[dict[str, float]]:
     """On a rank: what `difference` is for each case, one engine after the other."""
-    out=[]
-    for case in cases:
-        out.append(differences_of(str(directory / case.family), vllm_tp, case)); print(case, out[-1], flush=True)
-    return out
+    return [differences_of(str(directory / case.family), vllm_tp, case) for case in cases]
 
 
 def differences_of(path: str, vllm_tp: int, case: Case) -> dict[str, float]:

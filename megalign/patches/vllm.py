@@ -138,6 +138,20 @@ def _rotate_every_head() -> None:
     RotaryEmbedding.forward_cpu = with_flat_heads
 
 
+def check_groups(model: str) -> None:
+    """distributed/parallel_state.py makes a group for experts with a process's first engine, if its model has some.
+
+    The groups are every later engine's too; without one, models/mixtral.py:96 and the like end in an assertion.
+    """
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        raise UserError(
+            f"{model} has experts, but vLLM began with a dense model in this process and has no groups for them; "
+            "start it first or in a process of its own"
+        )
+
+
 def check_head_sizes(worker: Any) -> None:
     """Each attention layer's head size against its backend's list, which nothing asks for on a CPU.
 

@@ -77,6 +77,8 @@ class VllmEngine:
         self._expected = hf_shapes(rules_of(architecture), architecture).keys()
         self._vllm = _import_vllm()
         _check_names(args.generation_kwargs or {}, self._vllm)
+        if architecture.moe is not None:
+            vllm_patches.check_groups(model_path)
         job = _job_name(groups)
         vllm_patches.install(job, groups.world.rank)
         with _untouched_process():
