@@ -82,14 +82,14 @@ class VllmEngine:
         job = _job_name(groups)
         vllm_patches.install(job, groups.world.rank)
         with _untouched_process():
-            self._llm = self._start(model_path, args, _router_fields(architecture))
+            self._llm = self._start(model_path, args, architecture)
         if not device.on_cuda():
             dist.barrier(groups.world.group)
             vllm_patches.unlink_shared_memory(job)
             self._llm.collective_rpc(vllm_patches.check_head_sizes)
         self.max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
-    def _start(self, model_path: str, args: RolloutConfig, config_changes: dict[str, Any]) -> Any:
+    def _start(self, model_path: str, args: RolloutConfig, architecture: Architecture) -> Any:
         needs_tokenizer = args.vllm_structured_outputs_regex is not None or not _NEED_TOKENIZER.isdisjoint(
             args.generation_kwargs or {}
         )
@@ -108,10 +108,14 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(args.vllm_cpu_kv_cache_gib * 2**30),
             }
+            if architecture.mla is not None:
+                # On a processor with AMX vLLM would take a backend whose layers (mla_attention.py:1228) drop the
+                # weight that a reload copies into.
+                on_device["attention_backend"] = "CPU_MLA"
         try:
             return self._vllm.LLM(
                 model=model_path,
-                hf_overrides=config_changes,
+                hf_overrides=_router_fields(architecture),
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=args.vllm_tensor_parallel_size,
                 enable_expert_parallel=args.vllm_enable_expert_parallel,
