@@ -42,6 +42,8 @@ class RolloutConfig(Config):
     """Where vLLM runs: inside the training ranks."""
     vllm_tensor_parallel_size: int = option(1, minimum=1)
     """Consecutive ranks that share one vLLM replica; must divide the world size."""
+    vllm_enable_expert_parallel: bool = False
+    """Split a replica's experts over its ranks whole (vLLM's enable_expert_parallel) instead of slicing each one."""
     vllm_gpu_memory_utilization: float = option(0.3, above=0, maximum=1)
     """Share of each GPU's memory that vLLM may use (weights and KV cache)."""
     vllm_max_model_length: int | None = option(None, minimum=2)
@@ -63,6 +65,11 @@ class RolloutConfig(Config):
             raise UserError(
                 f"vllm_tensor_parallel_size {self.vllm_tensor_parallel_size} must divide the world size {world_size}; "
                 "use one of its divisors"
+            )
+        if self.vllm_enable_expert_parallel and self.vllm_tensor_parallel_size == 1:
+            raise UserError(
+                "vllm_enable_expert_parallel=True needs a vllm_tensor_parallel_size above 1: a replica's experts are "
+                "split over its ranks; raise the size or leave the option out"
             )
         limit = self.vllm_max_model_length
         if limit is not None and limit <= self.max_completion_length:

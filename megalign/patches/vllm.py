@@ -1,4 +1,5 @@
-"""What vLLM 0.32 needs to live in a training rank: the job's groups stay; on a CPU real sleep, tied heads, names.
+"""What vLLM 0.32 needs to live in a training rank: the job's groups stay; on a CPU real sleep, new weights for tied
+heads and experts, experts over ranks.
 
 `install()` before the first LLM of the process. On CUDA nothing but the launcher's identity and an engine's end is
 touched.
@@ -7,6 +8,8 @@ touched.
 from __future__ import annotations
 
 import ctypes
+import functools
+import inspect
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +33,9 @@ def install(job: str, rank: int) -> None:
 
         CPUWorker.sleep = _sleep
         CPUWorker.wake_up = _wake_up
+        _pack_experts_at_every_reload()
+        _find_experts_of_this_rank()
+        _rotate_every_head()
 
 
 def _name_the_job(job: str, rank: int) -> None:
@@ -64,13 +70,105 @@ def _leave_groups_alone() -> None:
     core.cleanup_dist_env_and_memory = release_memory
 
 
-def check_head_size(size: int) -> None:
-    """v1/attention/backends/cpu_attn.py:69 lists sizes that nothing asks for: the first prompt would fail."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+@functools.cache  # once, however many engines the process starts
+def _pack_experts_at_every_reload() -> None:
+    """unquantized_fused_moe_method.py:191 packs experts for the CPU's kernel at the first load only.
 
-    sizes = CPUAttentionBackend.get_supported_head_sizes()
-    if size not in sizes:
-        raise UserError(f"head_dim {size} must be one of {sizes} for vLLM on a CPU; use another model or a GPU")
+    A reload then writes plain rows where the kernel reads packed ones: a model that answers, and wrongly. Goes
+    when `_setup_kernel` calls the experts' process_weights_after_loading on weight updates as well.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    setup_kernel = UnquantizedFusedMoEMethod._setup_kernel
+
+    def with_packing(self: Any, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
+        is_reload = self.moe_kernel is not None
+        setup_kernel(self, layer, w13, w2)
+        if is_reload:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    UnquantizedFusedMoEMethod._setup_kernel = with_packing
+
+
+@functools.cache
+def _find_experts_of_this_rank() -> None:
+    """experts/cpu_moe.py:303 hands the experts' numbers in the model to a kernel that counts this rank's alone.
+
+    With expert parallelism it would read past the weights. Experts of other ranks get weight 0 here; vLLM sums the
+    ranks' outputs itself. Goes when CPUUnquantizedExperts.apply uses its expert_map.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    apply = CPUUnquantizedExperts.apply
+    signature = inspect.signature(apply)
+
+    @functools.wraps(apply)
+    def with_own_experts(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        given = bound.arguments
+        if given["expert_map"] is not None:
+            local = given["expert_map"][given["topk_ids"].long()]  # -1: of another rank
+            given["topk_weights"] = given["topk_weights"].masked_fill(local < 0, 0.0)
+            given["topk_ids"] = local.clamp(min=0).to(torch.int32)
+        apply(*bound.args, **bound.kwargs)
+
+    CPUUnquantizedExperts.apply = with_own_experts
+
+
+@functools.cache
+def _rotate_every_head() -> None:
+    """rotary_embedding/base.py:310 gives latent attention's [T, heads, dim] to a kernel that reads [T, heads * dim].
+
+    The kernel takes such a query for one head and rotates the wrong numbers, silently; rope with a scaling has
+    another way and is right. Goes when forward_cpu flattens the heads.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    forward_cpu = RotaryEmbedding.forward_cpu
+
+    def with_flat_heads(
+        self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if query.dim() == 2:
+            return forward_cpu(self, positions, query, key)
+        flat_key = None if key is None else key.flatten(1)
+        query_out, key_out = forward_cpu(self, positions, query.flatten(1), flat_key)
+        return query_out.view_as(query), None if key is None else key_out.view_as(key)
+
+    RotaryEmbedding.forward_cpu = with_flat_heads
+
+
+def check_groups(model: str) -> None:
+    """distributed/parallel_state.py makes a group for experts with a process's first engine, if its model has some.
+
+    The groups are every later engine's too; without one, models/mixtral.py:96 and the like end in an assertion.
+    """
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        raise UserError(
+            f"{model} has experts, but vLLM began with a dense model in this process and has no groups for them; "
+            "start it first or in a process of its own"
+        )
+
+
+def check_head_sizes(worker: Any) -> None:
+    """Each attention layer's head size against its backend's list, which nothing asks for on a CPU.
+
+    cpu_attn.py:69 and mla/cpu_mla.py:61: the first prompt would fail in the kernel.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    for layer in worker.model_runner.model.modules():
+        if not isinstance(layer, AttentionLayerBase):
+            continue
+        backend = layer.get_attn_backend()
+        if not backend.supports_head_size(layer.head_size):
+            what = "kv_lora_rank + qk_rope_head_dim" if backend.is_mla() else "head_dim"
+            sizes = backend.get_supported_head_sizes()
+            raise UserError(
+                f"{what} {layer.head_size} must be one of {sizes} for vLLM on a CPU; use another model or a GPU"
+            )
 
 
 def unlink_shared_memory(job: str) -> None:

@@ -69,21 +69,28 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._has_weights = False  # vLLM starts with dummy weights
         architecture = architecture_of(read_config(model_path))
+        if args.vllm_enable_expert_parallel and architecture.moe is None:
+            raise UserError(
+                f"vllm_enable_expert_parallel=True, but {model_path} is a dense {architecture.family} model without "
+                "experts to split; leave the option out"
+            )
         self._expected = hf_shapes(rules_of(architecture), architecture).keys()
         check_rope(architecture, args.vllm_max_model_length)
         self._vllm = _import_vllm()
         _check_names(args.generation_kwargs or {}, self._vllm)
+        if architecture.moe is not None:
+            vllm_patches.check_groups(model_path)
         job = _job_name(groups)
         vllm_patches.install(job, groups.world.rank)
         with _untouched_process():
-            self._llm = self._start(model_path, args)
+            self._llm = self._start(model_path, args, architecture)
         if not device.on_cuda():
             dist.barrier(groups.world.group)
             vllm_patches.unlink_shared_memory(job)
-            vllm_patches.check_head_size(self._llm.llm_engine.model_config.get_head_size())
+            self._llm.collective_rpc(vllm_patches.check_head_sizes)
         self.max_model_length: int = self._llm.llm_engine.model_config.max_model_len
 
-    def _start(self, model_path: str, args: RolloutConfig) -> Any:
+    def _start(self, model_path: str, args: RolloutConfig, architecture: Architecture) -> Any:
         needs_tokenizer = args.vllm_structured_outputs_regex is not None or not _NEED_TOKENIZER.isdisjoint(
             args.generation_kwargs or {}
         )
@@ -102,11 +109,17 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(args.vllm_cpu_kv_cache_gib * 2**30),
             }
+            if architecture.mla is not None:
+                # On a processor with AMX vLLM would take a backend whose layers (mla_attention.py:1228) drop the
+                # weight that a reload copies into.
+                on_device["attention_backend"] = "CPU_MLA"
         try:
             return self._vllm.LLM(
                 model=model_path,
+                hf_overrides=_router_fields(architecture),
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=args.vllm_tensor_parallel_size,
+                enable_expert_parallel=args.vllm_enable_expert_parallel,
                 load_format="dummy",  # the trainer's weights arrive before the first prompt
                 dtype=args.params_dtype_name,
                 max_model_len=args.vllm_max_model_length,
@@ -232,6 +245,22 @@ def check_rope(architecture: Architecture, max_model_length: int | None) -> None
             "would take LongRoPE's long factors for every sequence, the trainer takes them for longer ones only; set "
             f"vllm_max_model_length to {original} or less"
         )
+
+
+def _router_fields(architecture: Architecture) -> dict[str, Any]:
+    """What a config.json of DeepSeek that transformers 5 has written lacks, and vLLM takes other defaults for.
+
+    Without topk_method models/deepseek_v2.py:327 makes no selection bias, without scoring_func :387 scores by softmax.
+    """
+    experts = architecture.moe
+    if architecture.mla is None or experts is None:
+        return {}
+    return {
+        "scoring_func": experts.score,
+        "topk_method": "noaux_tc" if experts.selection_bias else "group_limited_greedy",
+        "n_group": experts.num_groups,
+        "topk_group": experts.top_groups,
+    }
 
 
 def _import_vllm() -> Any:

@@ -69,6 +69,13 @@ def test_vllm_replicas_divide_the_world():
     assert "vllm_tensor_parallel_size 4" in error(GRPOConfig(vllm_tensor_parallel_size=4), 6)
 
 
+def test_experts_are_split_over_the_ranks_of_a_replica():
+    args = GRPOConfig(vllm_enable_expert_parallel=True)
+    assert "vllm_tensor_parallel_size above 1" in error(args, 2)
+    args.vllm_tensor_parallel_size = 2
+    args.validate(2)
+
+
 def test_a_prompt_has_room_beside_the_completion():
     assert "max_completion_length 512" in error(GRPOConfig(vllm_max_model_length=512), 1)
 

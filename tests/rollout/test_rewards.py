@@ -41,7 +41,7 @@ def completions(count: int) -> list[Completion]:
 
 def one_rank() -> ParallelGroups:
     axis = Axis(group=None, rank=0, size=1, ranks=[0])
-    return ParallelGroups(world=axis, tp=axis, pp=axis, cp=axis, dp=axis, mp=axis)
+    return ParallelGroups(world=axis, tp=axis, pp=axis, cp=axis, dp=axis, ep=axis, etp=axis, copy=axis)
 
 
 def score(functions: list[Any], count: int = 4, groups: ParallelGroups | None = None, **options: Any) -> RewardResult:
