@@ -15,7 +15,7 @@ from megalign import device
 from megalign.batch import Batch, Counts, Metric, Slice
 from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.families import architecture_of, classifier_config, is_classifier
+from megalign.conversion.families import architecture_of, exported_config, is_classifier
 from megalign.errors import UserError
 from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
@@ -144,10 +144,9 @@ class TrainEngine:
 
     def export(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> None:
         """Writes a Hugging Face directory; collective. `special_tokens` are the tokenizer's (`eos_token_id`, ...)."""
-        tokens, changes = special_tokens or {}, None
-        if self.architecture.num_labels is not None:
-            pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
-            changes = classifier_config(hf_files.read_config(self.hf_path), pad)
+        tokens = special_tokens or {}
+        pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
+        changes = exported_config(hf_files.read_config(self.hf_path), self.architecture, pad)
         export.save_hf(
             path,
             self.hf_path,

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalign.conversion.hf_files import read_config
 from megalign.errors import UserError
-from tests.layouts import ONE_RANK, Layout
+from tests.layouts import ONE_RANK, Layout, make_engine
 from tests.moe_layouts import MOE_LAYOUTS
 from tests.ranks import run_ranks
 from tests.resharding.test_round_trip import build, check_round_trip, marked_models, save_marked_model
@@ -51,3 +52,15 @@ def test_layers_behind_the_last_are_left_out_where_the_config_has_them(tmp_path:
         [error] = run_ranks(1, load_error, path)
         assert (error is None) == (number == 1), error
     assert "unexpected tensors: model.layers.4.eh_proj.weight" in error
+
+
+def exported(path: str, target: str) -> None:
+    make_engine(path, ONE_RANK, trainable=False).export(target)
+
+
+def test_an_exported_config_does_not_promise_the_layers_that_are_left_out(tmp_path: Path) -> None:
+    path = save_tiny_model("deepseek_v3", tmp_path / "model", num_nextn_predict_layers=1)
+    run_ranks(1, exported, path, str(tmp_path / "out"))
+    before, after = read_config(path), read_config(tmp_path / "out")
+    assert before["num_nextn_predict_layers"] == 1
+    assert after == before | {"num_nextn_predict_layers": 0}

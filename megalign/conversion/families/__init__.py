@@ -105,6 +105,15 @@ def rules_of(architecture: Architecture) -> list[Rule]:
     return [score if rule.megatron == HEAD else rule for rule in rules]
 
 
+def exported_config(config: Mapping[str, Any], architecture: Architecture, pad_token_id: int | None) -> dict[str, Any]:
+    """What the config.json of an exported model says otherwise than the one it came from."""
+    # Layers behind the last, which are not loaded: the files lack them.
+    changes = {name: 0 for name in ("num_nextn_predict_layers", "num_mtp_layers") if config.get(name)}
+    if architecture.num_labels is not None:
+        changes |= classifier_config(config, pad_token_id)
+    return changes
+
+
 def classifier_config(config: Mapping[str, Any], pad_token_id: int | None) -> dict[str, Any]:
     """What a config.json says otherwise once the model has a score head of one output."""
     changes: dict[str, Any] = {
