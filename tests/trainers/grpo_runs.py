@@ -18,9 +18,9 @@ from tests.tiny import save_tiny_model
 from tests.trainers.runs import Recorder, digest
 
 
-def save_model_with_tokenizer(path: Path) -> str:
-    """A tiny llama whose 101 words are t0 ... t100; vLLM has no kernel for heads below 32 on a CPU."""
-    save_tiny_model("llama", path, head_dim=32)
+def save_model_with_tokenizer(path: Path, family: str = "llama") -> str:
+    """A tiny model whose 101 words are t0 ... t100; vLLM has no kernel for heads below 32 on a CPU."""
+    save_tiny_model(family, path, head_dim=32)
     words = {f"t{index}": index for index in range(101)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

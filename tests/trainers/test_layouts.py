@@ -38,12 +38,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A policy, a reference that differs from it everywhere, and a reward model with the policy's tokenizer."""
-    made = {name: tmp_path_factory.mktemp(name) for name in ("model", "reference", "reward")}
-    save_model_with_tokenizer(made["model"])
-    save_tiny_model("llama", made["reference"], seed=1, head_dim=32)
-    save_tiny_classifier("llama", made["reward"], seed=2, head_dim=32)
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Of a family: a policy, a reference that differs from it everywhere, a reward model with its tokenizer."""
+    return {family: save_models(family, tmp_path_factory) for family in ("llama", "qwen3_moe")}
+
+
+def save_models(family: str, factory: pytest.TempPathFactory) -> dict[str, str]:
+    made = {name: factory.mktemp(name) for name in ("model", "reference", "reward")}
+    save_model_with_tokenizer(made["model"], family)
+    save_tiny_model(family, made["reference"], seed=1, head_dim=32)
+    save_tiny_classifier(family, made["reward"], seed=2, head_dim=32)
     for file in made["model"].glob("tokenizer*"):
         (made["reward"] / file.name).write_bytes(file.read_bytes())
     return {name: str(path) for name, path in made.items()}
@@ -55,24 +59,36 @@ def scaled(options: dict[str, Any], layout: Layout) -> dict[str, Any]:
     return options if size is None else {**options, "per_device_train_batch_size": size // layout.dp}
 
 
-_ONE_RANK: dict[str, Any] = {}  # by variant
+_ONE_RANK: dict[tuple[str, str], Any] = {}  # by family and variant
 
 
-def on_one_rank(name: str, paths: dict[str, str], directory: Path) -> dict[str, Any]:
-    if name not in _ONE_RANK:
+def on_one_rank(family: str, name: str, paths: dict[str, str], directory: Path) -> dict[str, Any]:
+    if (family, name) not in _ONE_RANK:
         kind, options = VARIANTS[name]
-        (_ONE_RANK[name],) = run_ranks(1, run, kind, paths, ONE_RANK, str(directory / "one"), options)
-    return _ONE_RANK[name]
+        (_ONE_RANK[family, name],) = run_ranks(1, run, kind, paths, ONE_RANK, str(directory / "one"), options)
+    return _ONE_RANK[family, name]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_logs_and_gradients_are_those_of_one_rank(
-    name: str, layout: Layout, paths: dict[str, str], tmp_path: Path
+    name: str, layout: Layout, paths: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
+    check_layout("llama", name, layout, paths["llama"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SFT", "Reward", "DPO", "GRPO", "PPO"])
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2, etp=1)], ids=str)
+def test_logs_and_gradients_of_a_model_with_experts_are_those_of_one_rank(
+    name: str, layout: Layout, paths: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    check_layout("qwen3_moe", name, layout, paths["qwen3_moe"], tmp_path)
+
+
+def check_layout(family: str, name: str, layout: Layout, paths: dict[str, str], directory: Path) -> None:
     kind, options = VARIANTS[name]
-    wanted = on_one_rank(name, paths, tmp_path)
-    ranks = run_ranks(layout.world, run, kind, paths, layout, str(tmp_path / "many"), scaled(options, layout))
+    wanted = on_one_rank(family, name, paths, directory)
+    ranks = run_ranks(layout.world, run, kind, paths, layout, str(directory / "many"), scaled(options, layout))
     for found in ranks:
         assert len(found["lines"]) == len(wanted["lines"]) == 2
         for line, other in zip(found["lines"], wanted["lines"], strict=True):
