@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from megalign.errors import UserError
@@ -173,6 +174,10 @@ class Architecture:
     """None: ordinary (grouped) attention."""
     num_mtp_layers: int = 0
     """Layers behind the last one in the files, for predicting several tokens at once: not loaded, not exported."""
+
+    def in_json(self) -> dict[str, Any]:
+        """The numbers in JSON's types, by which a checkpoint knows whose it is."""
+        return json.loads(json.dumps(asdict(self), default=sorted))
 
     @property
     def num_experts(self) -> int:

@@ -6,7 +6,6 @@ that yields after each optimizer step; what happens between two steps is here.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -367,7 +366,7 @@ class Trainer:
             "world_size": self.groups.world.size,
             **{name: getattr(self.args, name) for name in (*LAYOUT_FIELDS, *self.data_fields)},
             **{
-                "model" if name == "engine" else name: dataclasses.asdict(engine.architecture)
+                "model" if name == "engine" else name: engine.architecture.in_json()
                 for name, engine in self.engines().items()
             },
             "train_dataset": self._described_rows,
