@@ -37,9 +37,14 @@ from megalign.trainers.schedule import LearningRate, plan_steps
 # A resumed run must share these fields' values, the world size, the rows and the models' architectures.
 LAYOUT_FIELDS = (
     "tensor_model_parallel_size",
+    "sequence_parallel",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
     "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "use_distributed_optimizer",
     "params_dtype_name",
 )
