@@ -181,8 +181,8 @@ def _check_stages(num_layers: int, args: LoopConfig) -> None:
     middle = "stages" if not given else "other stages"
     if rest < stages or (rest % stages if stages else rest):
         raise UserError(
-            f"num_hidden_layers {num_layers} at pipeline_model_parallel_size {args.pipeline_model_parallel_size} leaves "
-            f"{rest} layers for {stages} {middle}, which must share them evenly; "
+            f"num_hidden_layers {num_layers} at pipeline_model_parallel_size {args.pipeline_model_parallel_size} "
+            f"leaves {rest} layers for {stages} {middle}, which must share them evenly; "
             "use a pipeline_model_parallel_size that divides it, or set num_layers_in_first_pipeline_stage and "
             "num_layers_in_last_pipeline_stage"
         )
