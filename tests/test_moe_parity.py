@@ -24,7 +24,7 @@ def model_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_logprobs_equal_transformers(model_path: str, layout: Layout) -> None:
-    assert logprob_parity.largest_difference(model_path, layout, logprob_parity.PACKINGS[0]) < 1e-4
+    assert logprob_parity.largest_difference(model_path, layout) < 1e-4  # ranks of experts run as many microbatches
 
 
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
