@@ -217,9 +217,12 @@ def test_every_gradient_of_families_with_parts_of_their_own(tmp_path: Path, fami
 
 
 @pytest.mark.parametrize("granularity", ["selective", "full"])
-def test_norms_behind_the_parts_windows_and_caps_are_recomputed(tmp_path: Path, granularity: str) -> None:
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_norms_behind_the_parts_windows_caps_and_sinks_are_recomputed(
+    tmp_path: Path, family: str, granularity: str
+) -> None:
     recompute = {"gradient_checkpointing": True, "recompute_granularity": granularity}
-    check_gradients(save_tiny_model("gemma2", tmp_path), Layout(tp=2, sp=True), "sft", **recompute)
+    check_gradients(save_tiny_model(family, tmp_path), Layout(tp=2, sp=True), "sft", **recompute)
 
 
 def test_every_gradient_with_more_tensor_ranks_than_key_and_value_heads(model_path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ SPLIT_EXPERTS = Layout(tp=2, sp=True, etp=2)
 APART = Layout(tp=2, sp=True, ep=2, etp=1)
 
 
+@pytest.mark.parametrize("fields", [{}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize("layout", [ONE_RANK, SPLIT_HEADS, SPLIT_EXPERTS, APART, Layout(pp=2)], ids=str)
-def test_a_resumed_engine_goes_on_bitwise(tmp_path: Path, layout: Layout) -> None:
+def test_a_resumed_engine_goes_on_bitwise(tmp_path: Path, layout: Layout, fields: dict[str, Any]) -> None:
     path = save_tiny_model("gpt_oss", tmp_path / "model")
-    assert all(run_ranks(layout.world, resumed, path, layout, str(tmp_path / "checkpoint"), {}))
+    assert all(run_ranks(layout.world, resumed, path, layout, str(tmp_path / "checkpoint"), fields))
 
 
 def saved(path: str, layout: Layout, directory: str) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def test_every_gradient_with_everything_split(tiny_models: TinyModels, family: s
     check_gradients(tiny_models[family], EVERYTHING._replace(ep=2, etp=2), "dapo")
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("layout", MOE_LAYOUTS, ids=str)
 def test_two_clipped_steps_equal_torch_adamw(tiny_models: TinyModels, family: str, layout: Layout) -> None:
     check_two_steps(tiny_models[family], layout)
