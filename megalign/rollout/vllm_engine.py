@@ -6,7 +6,6 @@ The sole importer of vllm, which is imported when an engine is built and not bef
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import random
 import uuid
@@ -29,6 +28,8 @@ from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.patches import vllm as vllm_patches
 from megalign.rollout.engine import GenerationParams
+from megalign.rollout.vllm_model import check_model, router_fields
+from megalign.rollout.vllm_sampling import check_names, sampling_params
 
 if TYPE_CHECKING:
     from megalign.config import RolloutConfig
@@ -38,23 +39,6 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's
 }
 _ENVIRONMENT_DEFAULTS = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-_FIELDS_OF_THEIR_OWN = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_tokens": "max_completion_length",
-    "n": "num_generations",
-    "structured_outputs": "vllm_structured_outputs_regex",
-    "seed": "seed",
-}
-_ENGINES_OWN = {"logprobs", "prompt_logprobs", "detokenize", "output_kind", "flat_logprobs", "skip_clone"}
-# Values of one of these end a completion, or change it, in a way that Completion has no word for.
-_REFUSED = {
-    "repetition_detection": "stop, max_completion_length and repetition_penalty bound a completion",
-    "trace_decode_token_ids": "completions are sampled, not given",
-}
 _NEED_TOKENIZER = {"stop", "bad_words"}
 _TAGS = ("weights", "kv_cache")
 
@@ -69,15 +53,10 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._has_weights = False  # vLLM starts with dummy weights
         architecture = architecture_of(read_config(model_path))
-        if args.vllm_enable_expert_parallel and architecture.moe is None:
-            raise UserError(
-                f"vllm_enable_expert_parallel=True, but {model_path} is a dense {architecture.family} model without "
-                "experts to split; leave the option out"
-            )
         self._expected = hf_shapes(rules_of(architecture), architecture).keys()
-        check_rope(architecture, args.vllm_max_model_length)
+        check_model(architecture, args, model_path)
         self._vllm = _import_vllm()
-        _check_names(args.generation_kwargs or {}, self._vllm)
+        check_names(args.generation_kwargs or {}, self._vllm)
         if architecture.moe is not None:
             vllm_patches.check_groups(model_path)
         job = _job_name(groups)
@@ -116,7 +95,7 @@ class VllmEngine:
         try:
             return self._vllm.LLM(
                 model=model_path,
-                hf_overrides=_router_fields(architecture),
+                hf_overrides=router_fields(architecture),
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=args.vllm_tensor_parallel_size,
                 enable_expert_parallel=args.vllm_enable_expert_parallel,
@@ -150,7 +129,7 @@ class VllmEngine:
         with _untouched_rngs():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts[first:last]],
-                [self._sampling_params(params, seed) for seed in seeds[first:last]],
+                [sampling_params(self._vllm, params, seed) for seed in seeds[first:last]],
                 use_tqdm=False,
             )
         return [_completion(index, output, policy_version) for index, output in enumerate(outputs, start=first)]
@@ -204,64 +183,6 @@ class VllmEngine:
                     f"{self.max_model_length} (prompt and completion); drop the row or raise the limit"
                 )
 
-    def _sampling_params(self, params: GenerationParams, seed: int) -> Any:
-        assert seed >= 0, f"seed {seed}: vLLM takes -1 for no seed"
-        regex = params.structured_outputs_regex
-        structured = None
-        if regex is not None:
-            structured = self._vllm.sampling_params.StructuredOutputsParams(regex=regex)
-        extra = dict(params.extra)
-        _check_names(extra, self._vllm)
-        stop_token_ids = [*params.stop_token_ids, *extra.pop("stop_token_ids", [])]
-        try:
-            return self._vllm.SamplingParams(
-                max_tokens=params.max_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=max(params.top_k, 0),
-                min_p=params.min_p or 0.0,
-                repetition_penalty=params.repetition_penalty,
-                structured_outputs=structured,
-                stop_token_ids=stop_token_ids,
-                seed=seed,
-                logprobs=0,  # the sampled token's, and no other
-                detokenize="stop" in extra,
-                **extra,
-            )
-        except (ValueError, TypeError, self._vllm.exceptions.VLLMValidationError) as error:
-            raise UserError(f"vLLM refuses the sampling parameters: {' '.join(str(error).split())}") from error
-
-
-def check_rope(architecture: Architecture, max_model_length: int | None) -> None:
-    """UserError where vLLM would rotate otherwise than the trainer: LongRoPE past the original length."""
-    scaling = architecture.rope_scaling or {}
-    if scaling.get("rope_type") != "longrope":
-        return
-    original = scaling["original_max_position_embeddings"]
-    limit = max_model_length or architecture.max_position_embeddings
-    if limit > original:
-        raise UserError(
-            f"vllm_max_model_length {limit} is past the model's original_max_position_embeddings {original}: vLLM "
-            "would take LongRoPE's long factors for every sequence, the trainer takes them for longer ones only; set "
-            f"vllm_max_model_length to {original} or less"
-        )
-
-
-def _router_fields(architecture: Architecture) -> dict[str, Any]:
-    """What a config.json of DeepSeek that transformers 5 has written lacks, and vLLM takes other defaults for.
-
-    Without topk_method models/deepseek_v2.py:327 makes no selection bias, without scoring_func :387 scores by softmax.
-    """
-    experts = architecture.moe
-    if architecture.mla is None or experts is None:
-        return {}
-    return {
-        "scoring_func": experts.score,
-        "topk_method": "noaux_tc" if experts.selection_bias else "group_limited_greedy",
-        "n_group": experts.num_groups,
-        "topk_group": experts.top_groups,
-    }
-
 
 def _import_vllm() -> Any:
     os.environ.update(_ENVIRONMENT)
@@ -306,22 +227,6 @@ def _job_name(groups: ParallelGroups) -> str:
     if groups.world.size > 1:
         dist.broadcast_object_list(name, src=groups.world.ranks[0], group=groups.world.group)
     return name[0]
-
-
-def _check_names(extra: Iterable[str], vllm: Any) -> None:
-    """generation_kwargs may name any field of vLLM's SamplingParams that is not somebody else's."""
-    known = {name for name in vllm.SamplingParams.__struct_fields__ if not name.startswith("_")}
-    for name in extra:
-        if name in _FIELDS_OF_THEIR_OWN:
-            raise UserError(f"generation_kwargs[{name!r}] has a field of its own; set {_FIELDS_OF_THEIR_OWN[name]}")
-        if name in _ENGINES_OWN:
-            raise UserError(f"generation_kwargs[{name!r}] is set by the rollout engine; leave it out")
-        if name in _REFUSED:
-            raise UserError(f"generation_kwargs[{name!r}] is refused: {_REFUSED[name]}; leave it out")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"did you mean {near[0]}?" if near else "see vLLM's documentation of SamplingParams"
-            raise UserError(f"generation_kwargs[{name!r}] is not a field of vLLM's SamplingParams; {meant}")
 
 
 def _completion(index: int, output: Any, policy_version: int) -> Completion:

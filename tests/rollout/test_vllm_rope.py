@@ -6,7 +6,7 @@ import pytest
 
 from megalign.conversion.families import architecture_of
 from megalign.errors import UserError
-from megalign.rollout.vllm_engine import check_rope
+from megalign.rollout.vllm_model import check_rope
 from tests.tiny import CONFIGS
 
 

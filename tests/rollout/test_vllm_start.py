@@ -12,7 +12,7 @@ import pytest
 from megalign.config import GRPOConfig
 from megalign.errors import UserError
 from megalign.parallel.groups import Axis, ParallelGroups, initialize
-from megalign.rollout import vllm_engine
+from megalign.rollout import vllm_engine, vllm_sampling
 from tests.ranks import run_ranks
 from tests.tiny import TinyModels
 
@@ -36,7 +36,7 @@ def test_missing_vllm_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("name", ["repetition_detection", "trace_decode_token_ids"])
 def test_what_a_completion_has_no_word_for_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"generation_kwargs\['{name}'\] is refused"):
-        vllm_engine._check_names([name], SimpleNamespace(SamplingParams=SimpleNamespace(__struct_fields__=[name])))
+        vllm_sampling.check_names([name], SimpleNamespace(SamplingParams=SimpleNamespace(__struct_fields__=[name])))
 
 
 def test_a_missing_model_is_named() -> None:

@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5 mini and Phi-4: Llama with fused projections, LongRoPE, a window and partly rotated heads.
 
 Past original_max_position_embeddings a sequence takes the long factors, whole, as in transformers. vLLM takes them for
-every sequence or for none (see rollout.vllm_engine.check_rope).
+every sequence or for none (see rollout.vllm_model.check_rope).
 """
 
 from __future__ import annotations
