@@ -1,6 +1,6 @@
-"""What Megatron-Core 0.16-0.19 needs to run on CPU and gloo, and three repairs of its optimizer checkpoints.
+"""What Megatron-Core 0.16-0.19 needs to run on CPU and gloo and without Transformer Engine; repairs of its checkpoints.
 
-Upstream lines are named as 0.16.1's / 0.19.2's; every patch here is needed by both.
+Upstream lines are named as 0.16.1's / 0.19.2's; a patch that only one of them needs says so.
 
 `install()` once a process: without a GPU it replaces torch.cuda's functions for good. `megatron_calls()` goes
 around every call into Megatron (schedules, optimizer, model construction): its look at every torch call is paid
