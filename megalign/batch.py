@@ -26,6 +26,7 @@ class Batch:
     tokens: Tensor  # [T] int64
     cu_seqlens: Tensor  # [S + 1] or, with the dummy tail, [S + 2]; int32
     num_sequences: int  # S
+    unpadded_lengths: Tensor | None = None  # [S] int64, where sequences have pads at their ends
     token_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each
     sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S] each
 
@@ -71,6 +72,14 @@ class Batch:
         lengths = self.cu_seqlens.diff().long()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
+    @property
+    def is_padding(self) -> Tensor:
+        """[T] where a token is nobody's: behind a sequence's own, or in the dummy tail."""
+        lengths = self.lengths if self.unpadded_lengths is None else self.unpadded_lengths
+        own = torch.cat([lengths, lengths.new_zeros(1)])[self.sequence_ids]
+        starts = self.cu_seqlens.long()[self.sequence_ids]
+        return torch.arange(self.num_tokens, device=self.tokens.device) - starts >= own
+
     def per_sequence_sum(self, column: Tensor) -> Tensor:
         """[T] -> [S], the sum of a token column over each real sequence; differentiable."""
         sums = column.new_zeros(self.num_sequences + 1)
@@ -87,6 +96,7 @@ class Batch:
             self,
             tokens=self.tokens.to(device),
             cu_seqlens=self.cu_seqlens.to(device),
+            unpadded_lengths=None if self.unpadded_lengths is None else self.unpadded_lengths.to(device),
             token_columns={name: column.to(device) for name, column in self.token_columns.items()},
             sequence_columns={name: column.to(device) for name, column in self.sequence_columns.items()},
         )

@@ -34,6 +34,7 @@ def packed(sequences: Sequence[Mapping[str, Tensor]], groups: ParallelGroups, **
         tokens=joined("tokens"),
         cu_seqlens=torch.tensor([0, *lengths, *([tail] if tail else [])]).cumsum(0).int(),
         num_sequences=len(sequences),
+        unpadded_lengths=torch.tensor([len(sequence["tokens"]) for sequence in sequences]),
         token_columns={name: joined(name) for name in sequences[0] if name != "tokens"},
         sequence_columns=columns,
     )

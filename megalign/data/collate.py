@@ -41,6 +41,7 @@ def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_
         tokens=_joined([sequence["tokens"] for sequence in sequences], lengths, total, torch.int64),
         cu_seqlens=torch.tensor([0, *lengths, *tail]).cumsum(0).int(),
         num_sequences=len(sequences),
+        unpadded_lengths=torch.tensor([len(sequence["tokens"]) for sequence in sequences]),
         token_columns={"loss_mask": _joined(masks, lengths, total, torch.bool), **columns},
         sequence_columns={
             name: torch.tensor([float(sequence[name]) for sequence in sequences]) for name in sequence_names

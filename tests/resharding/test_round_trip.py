@@ -214,3 +214,22 @@ def test_a_save_that_fails_is_a_user_error_on_every_rank(
         errors = run_ranks(2, save_where_it_fails, models["llama"], str(target), layout, limit)
         assert errors[0] == errors[1] and errors[0].startswith(f"cannot write the model to {target}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def refusal(path: str) -> str | None:
+    try:
+        build(path, ONE_RANK)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_a_tied_model_takes_no_head_of_its_own(tmp_path: Path) -> None:
+    """A second copy of the embedding passes; another tensor would be lost silently."""
+    path = save_tiny_model("llama", tmp_path)
+    tensors = load_file(f"{path}/model.safetensors")
+    found = []
+    for head in (tensors["model.embed_tokens.weight"].clone(), tensors["model.embed_tokens.weight"] * 2):
+        save_file({**tensors, "lm_head.weight": head}, f"{path}/model.safetensors", metadata={"format": "pt"})
+        found += run_ranks(1, refusal, path)
+    assert found[0] is None and "tie_word_embeddings" in found[1]

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from megalign.conversion.architecture import Architecture
+from megalign.conversion.config_values import check_layer_types, check_values
 from megalign.conversion.families import (
     deepseek_v2,
     deepseek_v3,
@@ -79,7 +80,9 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Reads the content of a config.json; what megalign does not compute is refused by name."""
+    check_values(config)
     architecture = family_of(config).read_config(config)
+    check_layer_types(config, architecture)
     if "pad_token_id" in config:  # else the family's
         pad = config["pad_token_id"]
         # As torch counts: -1 is the last row.

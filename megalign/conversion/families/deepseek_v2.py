@@ -37,6 +37,11 @@ def read_config(config: Mapping[str, Any]) -> Architecture:
         raise UserError(f"config.json's topk_method={method!r} is not supported; {' and '.join(_METHODS)} are")
     experts = read.moe
     if method == "group_limited_greedy":
+        missing = [key for key in ("n_group", "topk_group") if config.get(key) is None]
+        if missing:
+            raise UserError(
+                f"topk_method 'group_limited_greedy' in config.json needs {' and '.join(missing)}; add them"
+            )
         experts = replace(experts, num_groups=config["n_group"], top_groups=config["topk_group"])
     return replace(read, family="deepseek_v2", moe=experts)
 

@@ -40,6 +40,13 @@ def read_config(config: Mapping[str, Any], fixed: Mapping[str, Any], defaults: M
             f"config.json's num_key_value_heads={config['num_key_value_heads']} is not supported; latent attention "
             f"has as many as num_attention_heads={heads}"
         )
+    if config.get("head_dim") not in (None, config["qk_rope_head_dim"]):
+        raise UserError(
+            f"config.json's head_dim={config['head_dim']} contradicts qk_rope_head_dim={config['qk_rope_head_dim']}, "
+            "the part of a head that is rotated; drop head_dim"
+        )
+    if config["qk_rope_head_dim"] % 2:
+        raise UserError(f"config.json's qk_rope_head_dim={config['qk_rope_head_dim']} must be even: dims turn in pairs")
     latent = LatentAttention(
         num_heads=heads,
         q_lora_rank=config["q_lora_rank"],

@@ -37,6 +37,8 @@ def read_experts(config: Mapping[str, Any], *, num_experts: int, top_k: int, ffn
     layers = range(config.get("num_hidden_layers") or 0)
     # transformers 5 writes Qwen3's as num_local_experts, older versions as num_experts.
     named = [config[key] for key in ("num_local_experts", "num_experts") if config.get(key) is not None]
+    if len(set(named)) > 1:
+        raise UserError(f"config.json's num_local_experts={named[0]} contradicts num_experts={named[1]}; keep one")
     return MixtureOfExperts(
         num_experts=named[0] if named else num_experts,
         top_k=config.get("num_experts_per_tok", top_k),
