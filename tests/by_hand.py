@@ -1,4 +1,4 @@
-"""A Batch packed without the collator, so that parity tests do not lean on what they should check."""
+"""Batches packed without the collator, so that parity tests do not lean on what they should check; differences."""
 
 from __future__ import annotations
 
@@ -44,3 +44,29 @@ def unpacked(batch: Batch, column: Tensor, lengths: Sequence[int]) -> list[Tenso
     """A token column -> each sequence's part, without its pads."""
     parts = column.split(batch.cu_seqlens.diff().tolist())
     return [part[:length] for part, length in zip(parts, lengths, strict=False)]
+
+
+def random_batch(seed: int) -> Batch:
+    """Two sequences, of 8 and 16 random tokens, which every layout of two ranks takes without pads."""
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        tokens=torch.randint(3, 101, (24,), generator=generator),
+        cu_seqlens=torch.tensor([0, 8, 24], dtype=torch.int32),
+        num_sequences=2,
+        token_columns={"loss_mask": torch.tensor([False, *[True] * 7, False, *[True] * 15])},
+    )
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|; NaN if either has one, 0 for two that are 0."""
+    difference = float((found.float() - wanted.float()).norm())
+    return difference if difference == 0 else float(difference / wanted.float().norm())
+
+
+def worst(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest `relative` of tensors that must have the same names, and whose it is."""
+    names = sorted(wanted)
+    assert sorted(found) == names
+    differences = torch.tensor([relative(found[name], wanted[name]) for name in names])
+    place = int(differences.argmax())  # takes NaN for the largest; Python's max() would drop it
+    return float(differences[place]), names[place]

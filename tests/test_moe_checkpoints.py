@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.layouts import ONE_RANK, Layout, make_engine
 from tests.ranks import run_ranks
 from tests.test_train_engine import resumed, weights
-from tests.tiny import save_tiny_model
+from tests.tiny import TinyModels, save_tiny_model
 
 pytestmark = pytest.mark.megatron
 
@@ -23,8 +23,10 @@ APART = Layout(tp=2, sp=True, ep=2, etp=1)
 
 @pytest.mark.parametrize("fields", [{}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize("layout", [ONE_RANK, SPLIT_HEADS, SPLIT_EXPERTS, APART, Layout(pp=2)], ids=str)
-def test_a_resumed_engine_goes_on_bitwise(tmp_path: Path, layout: Layout, fields: dict[str, Any]) -> None:
-    path = save_tiny_model("gpt_oss", tmp_path / "model")
+def test_a_resumed_engine_goes_on_bitwise(
+    tiny_models: TinyModels, tmp_path: Path, layout: Layout, fields: dict[str, Any]
+) -> None:
+    path = tiny_models["gpt_oss"]
     assert all(run_ranks(layout.world, resumed, path, layout, str(tmp_path / "checkpoint"), fields))
 
 
@@ -41,8 +43,8 @@ def loaded(path: str, layout: Layout, directory: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", [SPLIT_HEADS, SPLIT_EXPERTS, APART], ids=str)
-def test_weights_move_between_layouts(tmp_path: Path, layout: Layout) -> None:
-    path, other = (save_tiny_model("gpt_oss", tmp_path / f"model{seed}", seed=seed) for seed in (0, 1))
+def test_weights_move_between_layouts(tiny_models: TinyModels, tmp_path: Path, layout: Layout) -> None:
+    path, other = tiny_models["gpt_oss"], save_tiny_model("gpt_oss", tmp_path / "other", seed=1)
     wanted = run_ranks(layout.world, saved, path, layout, str(tmp_path / "checkpoint"))[0]
     (found,) = run_ranks(1, loaded, other, ONE_RANK, str(tmp_path / "checkpoint"))
     assert found.keys() == wanted.keys()

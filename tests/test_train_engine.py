@@ -12,28 +12,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalign import device
 from megalign.algos.supervised import sft_loss
-from megalign.batch import Batch
 from megalign.train_engine import TrainEngine
+from tests.by_hand import random_batch
 from tests.layouts import LAYOUTS, ONE_RANK, Layout, arguments, groups_of, make_engine
 from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model
+from tests.tiny import TinyModels, save_tiny_model
 
 pytestmark = pytest.mark.megatron
 
 
-def batch(seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    return Batch(
-        tokens=torch.randint(3, 101, (24,), generator=generator),
-        cu_seqlens=torch.tensor([0, 8, 24], dtype=torch.int32),
-        num_sequences=2,
-        token_columns={"loss_mask": torch.tensor([False, *[True] * 7, False, *[True] * 15])},
-    )
-
-
 def train(engine: TrainEngine, steps: range) -> list[tuple[float, float]]:
     dp = engine.groups.dp
-    results = [engine.train_step([batch(10 * i + dp.rank)], sft_loss, learning_rate=1e-3) for i in steps]
+    results = [engine.train_step([random_batch(10 * i + dp.rank)], sft_loss, learning_rate=1e-3) for i in steps]
     return [(result.loss, result.grad_norm) for result in results]
 
 
@@ -55,14 +45,16 @@ def resumed(path: str, layout: Layout, directory: str, fields: dict[str, Any]) -
 
 @pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"use_distributed_optimizer": False}], ids=str)
 @pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
-def test_a_resumed_engine_goes_on_bitwise(tmp_path: Path, layout: Layout, fields: dict[str, Any]) -> None:
-    path = save_tiny_model("qwen2", tmp_path / "model")
+def test_a_resumed_engine_goes_on_bitwise(
+    tiny_models: TinyModels, tmp_path: Path, layout: Layout, fields: dict[str, Any]
+) -> None:
+    path = tiny_models["qwen2"]
     assert all(run_ranks(layout.world, resumed, path, layout, str(tmp_path / "checkpoint"), fields))
 
 
-def test_a_resumed_engine_with_a_tied_embedding_goes_on_bitwise(tmp_path: Path) -> None:
+def test_a_resumed_engine_with_a_tied_embedding_goes_on_bitwise(tiny_models: TinyModels, tmp_path: Path) -> None:
     # Under pipeline parallelism the embedding has a bucket of its own, with a gap before the next one.
-    path, layout = save_tiny_model("llama", tmp_path / "model"), Layout(pp=2)
+    path, layout = tiny_models["llama"], Layout(pp=2)
     assert all(run_ranks(layout.world, resumed, path, layout, str(tmp_path / "checkpoint"), {}))
 
 

@@ -26,6 +26,8 @@ from tests.layouts import ONE_RANK, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
 
+pytestmark = pytest.mark.megatron
+
 ARCHITECTURE = Architecture(
     family="llama", num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=4,
     head_dim=8, vocab_size=100, max_position_embeddings=64, norm_epsilon=1e-5, rotary_base=1e4,

@@ -98,6 +98,7 @@ def test_its_gradient_is_that_of_the_formula(tiny_models: TinyModels, layout: La
     routers = [name for name in wanted if name.endswith("gate.weight")]
     assert len(routers) == 4 and all(wanted[name].norm() > 1e-3 for name in routers)
     for rank in run_ranks(layout.world, gradients, path, layout, masked, COEFFICIENT):
+        assert rank.keys() == wanted.keys()
         for name, gradient in rank.items():
             difference = float((gradient - wanted[name]).norm())
             assert difference <= 1e-4 * float(wanted[name].norm()) + 1e-7, (name, difference)
