@@ -104,7 +104,9 @@ def _build_chunk(
     _mark_tensor_parallel(model)
     mark_experts(model)
     for layer in model.decoder.layers:
-        assert hasattr(layer.self_attention.core_attention, "rotary"), "Megatron rotates nothing: its attention must"
+        # Latent attention rotates before its core.
+        rotates = architecture.mla is not None or hasattr(layer.self_attention.core_attention, "rotary")
+        assert rotates, "Megatron rotates nothing: its attention must"
     return model
 
 
