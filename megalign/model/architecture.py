@@ -83,7 +83,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         transformer_impl=implementation,
         moe_grouped_gemm=uses_te and architecture.moe is not None,
         **recomputation(args, architecture, implementation),
-        **fp8(args, architecture, implementation, groups.tp.size),
+        **fp8(args, architecture, implementation, groups),
         # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
         # hook is another object.
         gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
