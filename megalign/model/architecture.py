@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
-from megalign.model.extensions import fuses_gradient_accumulation
+from megalign.model.extensions import TRANSFORMER_ENGINE, fuses_gradient_accumulation
 from megalign.model.fp8 import fp8
-from megalign.model.layer_spec import TRANSFORMER_ENGINE, transformer_impl
+from megalign.model.layer_spec import transformer_impl
 from megalign.model.recomputation import recomputation
 from megalign.parallel.groups import ParallelGroups
 

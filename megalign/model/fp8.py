@@ -9,7 +9,7 @@ import torch
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
-from megalign.model.layer_spec import TRANSFORMER_ENGINE
+from megalign.model.extensions import TRANSFORMER_ENGINE
 from megalign.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:

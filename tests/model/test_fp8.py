@@ -13,8 +13,8 @@ from megalign.config import SFTConfig
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of
 from megalign.errors import UserError
+from megalign.model.extensions import LOCAL, TRANSFORMER_ENGINE
 from megalign.model.fp8 import fp8
-from megalign.model.layer_spec import LOCAL, TRANSFORMER_ENGINE
 from megalign.parallel.groups import Axis, ParallelGroups, initialize
 from tests.ranks import run_ranks
 from tests.tiny import MOE_CONFIGS
