@@ -22,7 +22,7 @@ from megalign.model.activation_offload import offloaded_activations
 from megalign.model.attention import PackedSequences
 from megalign.model.build import HiddenStatesModel, build_model
 from megalign.model.heads import language_model_columns, score_columns
-from megalign.model.layer_spec import TRANSFORMER_ENGINE
+from megalign.model.layer_spec import not_in_transformer_engine
 from megalign.model.offload import Offload
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
@@ -128,7 +128,9 @@ class TrainEngine:
     def made_of(self) -> str:
         """Which of NVIDIA's libraries it uses, and why not others, in a line for whoever started the run."""
         config = self._models[0].config
-        layers = extensions.layers_name(config.transformer_impl == TRANSFORMER_ENGINE)
+        layers = extensions.layers_name(
+            config.transformer_impl, self._args.transformer_impl, not_in_transformer_engine(self.architecture)
+        )
         parts = [f"layers: {layers}", f"optimizer: {extensions.optimizer_name()}"]
         if config.gradient_accumulation_fusion:
             parts.append("weight gradients are added inside the matrix products")

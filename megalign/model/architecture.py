@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
-from megalign.model.extensions import fuses_gradient_accumulation
+from megalign.model.extensions import TRANSFORMER_ENGINE, fuses_gradient_accumulation
 from megalign.model.fp8 import fp8
-from megalign.model.layer_spec import TRANSFORMER_ENGINE, transformer_impl
+from megalign.model.layer_spec import transformer_impl
 from megalign.model.recomputation import recomputation
 from megalign.parallel.groups import ParallelGroups
 
@@ -83,7 +83,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         transformer_impl=implementation,
         moe_grouped_gemm=uses_te and architecture.moe is not None,
         **recomputation(args, architecture, implementation),
-        **fp8(args, architecture, implementation, groups.tp.size),
+        **fp8(args, architecture, implementation, groups),
         # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
         # hook is another object.
         gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,

@@ -104,7 +104,9 @@ def _build_chunk(
     _mark_tensor_parallel(model)
     mark_experts(model)
     for layer in model.decoder.layers:
-        assert hasattr(layer.self_attention.core_attention, "rotary"), "Megatron rotates nothing: its attention must"
+        # Latent attention rotates before its core.
+        rotates = architecture.mla is not None or hasattr(layer.self_attention.core_attention, "rotary")
+        assert rotates, "Megatron rotates nothing: its attention must"
     return model
 
 
@@ -151,7 +153,15 @@ def _without_gradient_of(pad_token_id: int, scattered: Axis | None) -> Callable[
 
 def _mark_tensor_parallel(model: nn.Module) -> None:
     """What Megatron does while it initialises weights, which we skip: without the mark the gradient norm takes
-    a split weight for a replicated one and counts tensor rank 0's part only."""
+    a split weight for a replicated one and counts tensor rank 0's part only.
+
+    Transformer Engine marks every weight of its linears, also those that Megatron keeps whole on each tensor rank:
+    latent attention's down projections, which the norm would count tp times. Megatron 0.19.2's TELinear takes that mark
+    away (extensions/transformer_engine.py:1062), 0.16.1's does not (:651); this goes with 0.16.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("linear_q_down_proj.weight", "linear_kv_down_proj.weight")):
+            parameter.tensor_model_parallel = False
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | PackedAttention):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 from megatron.core import optimizer as megatron_optimizer
 from megatron.core.extensions import transformer_engine
 
 from megalign import device
 
+TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"  # Megatron's words for what layers are made of
+
 
 def has_transformer_engine() -> bool:
     """Whether Megatron could import Transformer Engine, and there is a GPU to run it on."""
     return transformer_engine.HAVE_TE and device.on_cuda()
-
-
-def has_apex() -> bool:
-    """Whether NVIDIA's Apex is installed; PyPI's package of that name is another project."""
-    return _imports("apex.optimizers", "FusedAdam")
 
 
 def fuses_gradient_accumulation(uses_transformer_engine: bool) -> bool:
@@ -35,19 +33,24 @@ def optimizer_name() -> str:
     return names.get(package, "torch AdamW (NVIDIA Apex is not installed)")
 
 
-def layers_name(uses_transformer_engine: bool) -> str:
-    """Which modules the layers are made of, and why not faster ones."""
-    if uses_transformer_engine:
+def layers_name(implementation: str, asked_for: str, lacks: Sequence[str] = ()) -> str:
+    """Which modules the layers are made of, and why not faster ones.
+
+    `asked_for` is the field transformer_impl; Transformer Engine `lacks` what the model needs.
+    """
+    if implementation == TRANSFORMER_ENGINE:
         return "Transformer Engine"
-    if has_transformer_engine():
+    if asked_for == LOCAL:
         return "plain torch (transformer_impl='local')"
+    if has_transformer_engine():
+        return f"plain torch (the model needs a {' and a '.join(lacks)}, which Transformer Engine has not)"
     reason = "there is no GPU" if transformer_engine.HAVE_TE else "Transformer Engine is not installed"
     return f"plain torch ({reason})"
 
 
-def _imports(module: str, name: str | None = None) -> bool:
+def _imports(module: str) -> bool:
     try:
-        found = importlib.import_module(module)
+        importlib.import_module(module)
     except ImportError:
         return False
-    return name is None or hasattr(found, name)
+    return True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
-from megalign.model.layer_spec import TRANSFORMER_ENGINE
+from megalign.model.extensions import TRANSFORMER_ENGINE
+from megalign.parallel.groups import ParallelGroups
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
@@ -22,7 +24,7 @@ _GPUS = {
 }
 
 
-def fp8(args: LoopConfig, architecture: Architecture, implementation: str, tp: int) -> dict[str, Any]:
+def fp8(args: LoopConfig, architecture: Architecture, implementation: str, groups: ParallelGroups) -> dict[str, Any]:
     """The fields of Megatron's TransformerConfig; UserError where FP8 cannot run."""
     if args.fp8 is None:
         return {}
@@ -41,7 +43,7 @@ def fp8(args: LoopConfig, architecture: Architecture, implementation: str, tp: i
             f"fp8_recipe={recipe!r} needs compute capability {wanted[0]}.{wanted[1]} ({name}) or above, and this GPU "
             f"has {found[0]}.{found[1]}; use a newer GPU, {_way_out(found)}"
         )
-    _check_sizes(args, architecture, tp)
+    _check_sizes(args, architecture, groups)
     return {"fp8": args.fp8, "fp8_recipe": recipe}
 
 
@@ -50,21 +52,39 @@ def _way_out(found: tuple[int, int]) -> str:
     return f"or one of fp8_recipe {', '.join(able)}" if able else "or drop fp8"
 
 
-def _check_sizes(args: LoopConfig, architecture: Architecture, tp: int) -> None:
+def _check_sizes(args: LoopConfig, architecture: Architecture, groups: ParallelGroups) -> None:
     """Rows and columns of every product are multiples of its unit; the tokens' are ParallelGroups.token_multiple."""
     unit = args.token_unit
-    widths = {
-        "hidden_size": architecture.hidden_size,
-        f"intermediate_size / {tp} tensor-parallel ranks": architecture.ffn_hidden_size // tp,
-        f"query heads * head_dim / {tp} tensor-parallel ranks": architecture.query_size // tp,
-        f"(query + 2 * key heads) * head_dim / {tp} tensor-parallel ranks": (
-            architecture.query_size + 2 * architecture.kv_size
-        )
-        // tp,
-    }
-    for name, width in widths.items():
+    for name, size, axis, field in _widths(architecture, groups):
+        width = size // axis
         if width % unit:
-            raise UserError(
-                f"{name} is {width}, and FP8 products need a multiple of {unit}; use a smaller "
-                "tensor_model_parallel_size, or drop fp8"
-            )
+            width_of = name if axis == 1 else f"{name} / {axis} tensor-parallel ranks"
+            way_out = "drop fp8" if axis == 1 else f"use a smaller {field}, or drop fp8"
+            raise UserError(f"{width_of} is {width}, and FP8 products need a multiple of {unit}; {way_out}")
+
+
+def _widths(architecture: Architecture, groups: ParallelGroups) -> Iterator[tuple[str, int, int, str]]:
+    """(name, size, over how many ranks, by which field) of all that a layer's linears make or read; routers are not
+    in FP8."""
+    whole = (1, "")
+    over_tp = (groups.tp.size, "tensor_model_parallel_size")
+    yield "hidden_size", architecture.hidden_size, *whole
+    latent = architecture.mla
+    if latent is None:
+        yield "query heads * head_dim", architecture.query_size, *over_tp
+        yield "(query + 2 * key heads) * head_dim", architecture.qkv_size, *over_tp
+    else:
+        if latent.q_lora_rank is not None:
+            yield "q_lora_rank", latent.q_lora_rank, *whole
+        yield "kv_lora_rank", latent.kv_lora_rank, *whole
+        yield "kv_lora_rank + qk_rope_head_dim", latent.down_size, *whole
+        yield "heads * (qk_nope_head_dim + qk_rope_head_dim)", latent.query_size, *over_tp
+        yield "heads * (qk_nope_head_dim + v_head_dim)", latent.up_size, *over_tp
+        yield "heads * v_head_dim", latent.value_size, *over_tp
+    if any(architecture.layer_kind(layer) == "dense" for layer in range(architecture.num_layers)):
+        yield "intermediate_size", architecture.ffn_hidden_size, *over_tp
+    experts = architecture.moe
+    if experts is not None:
+        yield "the experts' intermediate size", experts.ffn_hidden_size, groups.etp.size, "expert_tensor_parallel_size"
+        if experts.shared_ffn_hidden_size is not None:
+            yield "the shared expert's intermediate size", experts.shared_ffn_hidden_size, *over_tp

@@ -23,7 +23,7 @@ from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
 from megalign.model.experts import ExpertRowParallelLinear, route_by
-from megalign.model.extensions import has_transformer_engine
+from megalign.model.extensions import LOCAL, TRANSFORMER_ENGINE, has_transformer_engine
 from megalign.model.latent_attention import LATENT_EPSILON, PackedLatentAttention
 from megalign.model.norms import NormedRowParallelLinear, RMSNorm
 from megalign.model.rotary import Rotary
@@ -31,12 +31,10 @@ from megalign.model.rotary import Rotary
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
 
-TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"  # Megatron's words
-
 
 def transformer_impl(args: LoopConfig, architecture: Architecture) -> str:
     """`args.transformer_impl`, "auto" resolved: Transformer Engine on a GPU, where it has what the model needs."""
-    lacks = _not_in_transformer_engine(architecture)
+    lacks = not_in_transformer_engine(architecture)
     if args.transformer_impl == "auto":
         return TRANSFORMER_ENGINE if has_transformer_engine() and not lacks else LOCAL
     if args.transformer_impl == TRANSFORMER_ENGINE and lacks:
@@ -51,14 +49,14 @@ def transformer_impl(args: LoopConfig, architecture: Architecture) -> str:
     return args.transformer_impl
 
 
-def _not_in_transformer_engine(architecture: Architecture) -> list[str]:
-    """What the model needs and only the plain layers have."""
+def not_in_transformer_engine(architecture: Architecture) -> list[str]:
+    """What the model needs and only the plain layers have, each after 'no' or 'a'."""
     needs = {
         "sliding window that differs by layer": architecture.sliding_layers,
         "cap on attention scores": architecture.attention_softcap,
         "sink in attention": architecture.attention_sinks,
         "norm behind attention and feed-forward part": architecture.sandwich_norms,
-        "epsilon for latent norms alone": architecture.mla and architecture.norm_epsilon != LATENT_EPSILON,
+        "norm epsilon of latent attention alone": architecture.mla and architecture.norm_epsilon != LATENT_EPSILON,
     }
     return [name for name, needed in needs.items() if needed]
 

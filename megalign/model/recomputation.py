@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from megalign.conversion.architecture import Architecture
 from megalign.errors import UserError
-from megalign.model.layer_spec import TRANSFORMER_ENGINE
+from megalign.model.extensions import TRANSFORMER_ENGINE
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig

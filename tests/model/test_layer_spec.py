@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -61,15 +62,22 @@ def test_a_library_needs_a_gpu(monkeypatch) -> None:
 
 
 def test_the_names_say_why_nothing_faster_is_used(monkeypatch) -> None:
-    assert extensions.layers_name(False) == "plain torch (Transformer Engine is not installed)"
-    assert extensions.layers_name(True) == "Transformer Engine"
+    assert extensions.layers_name("local", "auto") == "plain torch (Transformer Engine is not installed)"
+    assert extensions.layers_name("local", "local") == "plain torch (transformer_impl='local')"
+    assert extensions.layers_name("transformer_engine", "auto") == "Transformer Engine"
     assert extensions.optimizer_name() == "torch AdamW (NVIDIA Apex is not installed)"
     monkeypatch.setattr(megatron_optimizer, "Adam", type("FusedAdam", (), {"__module__": "apex.optimizers.fused_adam"}))
     assert extensions.optimizer_name() == "Apex's fused Adam"
     monkeypatch.setattr(extensions.transformer_engine, "HAVE_TE", True)
-    assert extensions.layers_name(False) == "plain torch (there is no GPU)"
+    assert extensions.layers_name("local", "auto") == "plain torch (there is no GPU)"
     monkeypatch.setattr(device, "on_cuda", lambda: True)
-    assert extensions.layers_name(False) == "plain torch (transformer_impl='local')"
+    capped = replace(ARCHITECTURE, attention_softcap=30.0, attention_sinks=True)
+    lacks = layer_spec.not_in_transformer_engine(capped)
+    assert extensions.layers_name(layer_spec.transformer_impl(SFTConfig(), capped), "auto", lacks) == (
+        "plain torch (the model needs a cap on attention scores and a sink in attention, "
+        "which Transformer Engine has not)"
+    )
+    assert extensions.layers_name("local", "local", lacks) == "plain torch (transformer_impl='local')"
 
 
 def described(path: str) -> tuple[str, list[str]]:
@@ -147,8 +155,6 @@ def test_only_torchs_adamw_has_a_step_in_each_state() -> None:
 
 
 def test_a_cap_on_scores_is_not_in_transformer_engine() -> None:
-    from dataclasses import replace
-
     capped = replace(
         ARCHITECTURE, attention_softcap=30.0, moe=MixtureOfExperts(num_experts=2, top_k=1, ffn_hidden_size=8)
     )

@@ -15,7 +15,7 @@ from megalign.config import SFTConfig
 from megalign.conversion.architecture import Architecture, MixtureOfExperts
 from megalign.errors import UserError
 from megalign.model import activation_offload
-from megalign.model.layer_spec import LOCAL, TRANSFORMER_ENGINE
+from megalign.model.extensions import LOCAL, TRANSFORMER_ENGINE
 from megalign.model.recomputation import recomputation
 from megalign.parallel import pipeline
 from megalign.train_engine import TrainEngine
