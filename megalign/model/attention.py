@@ -34,6 +34,7 @@ class PackedSequences(PackedSeqParams):
     """Megatron's packed-sequence parameters, with the lengths on the host so that no layer waits for the device."""
 
     lengths: tuple[int, ...] = ()
+    unpadded_lengths: tuple[int, ...] = ()
     cp: Axis | None = None
     order: Tensor | None = None  # [T] context.whole_order, when cp has several ranks
     rotary: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # Rotary's tables
@@ -42,7 +43,9 @@ class PackedSequences(PackedSeqParams):
     def of(cls, batch: Batch, cp: Axis) -> PackedSequences:
         """The parameters of a Batch; `max_seqlen` is the true longest sequence."""
         lengths = tuple(batch.cu_seqlens.diff().tolist())
-        longest = max(lengths)
+        longest, unpadded = max(lengths), lengths
+        if batch.unpadded_lengths is not None:
+            unpadded = (*batch.unpadded_lengths.tolist(), *lengths[batch.num_sequences :])
         order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
         # Transformer Engine's context parallelism asks for them; without it they would only cost it a comparison on
         # the device in each layer. A tail that pads T is a sequence of its own, so both are the same.
@@ -56,6 +59,7 @@ class PackedSequences(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             lengths=lengths,
+            unpadded_lengths=unpadded,
             cp=cp,
             order=order,
         )

@@ -47,7 +47,7 @@ class Rotary:
         """cos and sin, [T / cp, 1, rotary_dim] each, made once a microbatch for all layers of the kind."""
         name = (self.local, like.dtype)
         if name not in packed.rotary:
-            angles = packed.local(_angles(self.architecture, self.local, packed.lengths).to(like.device))
+            angles = packed.local(_angles(self.architecture, self.local, packed).to(like.device))
             pairs = angles.repeat_interleave(2, -1) if self.architecture.rotary_interleaved else angles.repeat(1, 2)
             factor = 1.0 if self.local else attention_factor(self.architecture)
             cos, sin = pairs.cos() * factor, pairs.sin() * factor
@@ -65,10 +65,16 @@ class Rotary:
         return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def _angles(architecture: Architecture, local: bool, lengths: tuple[int, ...]) -> Tensor:
-    """[T, rotary_dim / 2] float32."""
-    frequencies = {length: inverse_frequencies(architecture, local=local, length=length) for length in set(lengths)}
-    return torch.cat([torch.outer(torch.arange(length).float(), frequencies[length]) for length in lengths])
+def _angles(architecture: Architecture, local: bool, packed: PackedSequences) -> Tensor:
+    """[T, rotary_dim / 2] float32; the pads behind a sequence do not make it a longer one."""
+    own = packed.unpadded_lengths
+    frequencies = {length: inverse_frequencies(architecture, local=local, length=length) for length in set(own)}
+    return torch.cat(
+        [
+            torch.outer(torch.arange(length).float(), frequencies[unpadded])
+            for length, unpadded in zip(packed.lengths, own, strict=True)
+        ]
+    )
 
 
 def inverse_frequencies(architecture: Architecture, *, local: bool = False, length: int = 0) -> Tensor:

@@ -9,8 +9,11 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megalign.batch import Batch
 from megalign.conversion.families import architecture_of
-from megalign.model.rotary import attention_factor, inverse_frequencies
+from megalign.model.attention import PackedSequences
+from megalign.model.rotary import Rotary, attention_factor, inverse_frequencies
+from megalign.parallel.groups import Axis
 from tests.tiny import LLAMA3_ROPE, LONGROPE, SIZES
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -45,3 +48,21 @@ def test_frequencies_and_factors_are_those_of_transformers(rope: str) -> None:
         factor = attention_factor(architecture)
         torch.testing.assert_close(angles.cos() * factor, cos[0, :, : angles.shape[1]], rtol=1e-6, atol=2e-6)
         torch.testing.assert_close(angles.sin() * factor, sin[0, :, : angles.shape[1]], rtol=1e-6, atol=2e-6)
+
+
+def test_pads_behind_a_sequence_do_not_make_it_a_long_one() -> None:
+    """Sixteen tokens are within LongRoPE's original length, padded to eighteen or not."""
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=dict(LONG))
+    architecture = architecture_of({**config.to_dict(), "rope_parameters": LONG, "architectures": ["LlamaForCausalLM"]})
+    given = dict(num_sequences=1, tokens=torch.zeros(18, dtype=torch.int64), cu_seqlens=torch.tensor([0, 18]).int())
+    query = torch.randn(18, 4, 8, generator=torch.Generator().manual_seed(0))
+    rotated = {
+        length: Rotary(architecture)(
+            query,
+            query,
+            PackedSequences.of(Batch(**given, unpadded_lengths=torch.tensor([length])), Axis(None, 0, 1, [0])),
+        )[0]
+        for length in (15, 16, 17)
+    }
+    assert torch.equal(rotated[15], rotated[16])
+    assert not torch.allclose(rotated[16], rotated[17], atol=1e-3)
