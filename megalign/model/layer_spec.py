@@ -22,11 +22,12 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
 from megalign.model.attention import PackedAttention
-from megalign.model.experts import ExpertRowParallelLinear, route_by
+from megalign.model.experts import ExpertRowParallelLinear
 from megalign.model.extensions import LOCAL, TRANSFORMER_ENGINE, has_transformer_engine
 from megalign.model.latent_attention import LATENT_EPSILON, PackedLatentAttention
 from megalign.model.norms import NormedRowParallelLinear, RMSNorm
 from megalign.model.rotary import Rotary
+from megalign.model.router import TokenRouter
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
@@ -86,7 +87,7 @@ def _transformer_engine_layer(config: TransformerConfig, architecture: Architect
         multi_latent_attention=config.multi_latent_attention,
     )
     if architecture.layer_kind(number) == "moe":
-        route_by(layer.submodules.mlp, architecture.moe)
+        _submodules(layer.submodules.mlp).router = partial(TokenRouter, experts=architecture.moe)
     if architecture.mla is None:  # latent attention rotates itself
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = partial(RotatedAttention, rotary=Rotary.of(architecture, number))
@@ -105,7 +106,7 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     if kind == "moe":
-        route_by(parts.mlp, architecture.moe)
+        _submodules(parts.mlp).router = partial(TokenRouter, experts=architecture.moe)
         if architecture.linear_bias:
             _submodules(_submodules(parts.mlp).experts).linear_fc2 = ExpertRowParallelLinear
     parts.sharded_state_dict_keys_map = fused_norms(config, kind)

@@ -54,7 +54,7 @@ def _check_layers(method: str, layers: int, architecture: Architecture, args: Lo
 
 
 def _layers_of_chunks(num_layers: int, args: LoopConfig) -> set[int]:
-    """How many layers the chunks of stages hold; they divide evenly (architecture.check_layout)."""
+    """How many layers the chunks of stages hold; they divide evenly (layout_checks.check_layout)."""
     ends = (args.num_layers_in_first_pipeline_stage, args.num_layers_in_last_pipeline_stage)
     stages = [layers for layers in ends if layers is not None]
     others = args.pipeline_model_parallel_size - len(stages)

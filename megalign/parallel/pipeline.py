@@ -83,11 +83,14 @@ def _whole_rounds(chunks: list[nn.Module], batches: list[Batch], groups: Paralle
     The interleaved schedule takes them in rounds of one for each stage; replicas that share experts send each other
     the tokens of each.
     """
-    count = torch.tensor(len(batches), device=device.device())
+    whole = len(batches)
     if groups.experts_span_replicas:
-        dist.all_reduce(count, dist.ReduceOp.MAX, group=groups.dp.group)
-    whole = int(count)
+        most = torch.tensor(whole, device=device.device())
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=groups.dp.group)
+        whole = int(most)
     whole += -whole % groups.pp.size if len(chunks) > 1 else 0
+    if whole == len(batches):
+        return batches
     return batches + [Batch.dummy(groups.token_multiple).to(device.device())] * (whole - len(batches))
 
 

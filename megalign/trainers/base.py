@@ -24,7 +24,7 @@ from megalign.conversion.hf_files import read_config
 from megalign.data import prepared
 from megalign.data.chat import load_tokenizer
 from megalign.errors import UserError
-from megalign.model.architecture import check_layout
+from megalign.model.layout_checks import check_layout
 from megalign.parallel.control import barrier
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts

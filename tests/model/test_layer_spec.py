@@ -19,7 +19,7 @@ from megalign.config import SFTConfig
 from megalign.conversion.architecture import Architecture, MixtureOfExperts
 from megalign.conversion.names import canonical
 from megalign.errors import UserError
-from megalign.model import extensions, layer_spec
+from megalign.model import build, extensions, layer_spec
 from megalign.model.attention import PackedSequences
 from megalign.model.optimizer import adam_states
 from megalign.parallel.groups import Axis
@@ -160,3 +160,13 @@ def test_a_cap_on_scores_is_not_in_transformer_engine() -> None:
     )
     with pytest.raises(UserError, match="has no cap on attention scores"):
         layer_spec.transformer_impl(SFTConfig(transformer_impl="transformer_engine"), capped)
+
+
+def test_down_projections_of_latent_attention_are_no_split_weights() -> None:
+    """Else the gradient's norm counts each tensor rank's copy; Transformer Engine's linears mark every weight."""
+    split = {"linear_q_down_proj": False, "linear_kv_down_proj": False, "linear_kv_up_proj": True}
+    attention = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in split})
+    for weight in attention.parameters():
+        weight.tensor_model_parallel = True
+    build._mark_tensor_parallel(nn.ModuleDict({"self_attention": attention}))
+    assert {name: attention[name].weight.tensor_model_parallel for name in split} == split
