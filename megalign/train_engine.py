@@ -231,8 +231,16 @@ class TrainEngine:
         packed = PackedSequences.of(batch, self.groups.cp)
         tokens = packed.local(batch.tokens)[None]
         positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope takes them from `packed`
+        balanced = {"padding_mask": self._pads(model, batch, packed)} if self._args.router_aux_loss_coef else {}
         with self._offloaded(model) if self._args.activation_offloading else nullcontext():
-            return model(tokens, positions, None, packed_seq_params=packed)
+            return model(tokens, positions, None, packed_seq_params=packed, **balanced)
+
+    def _pads(self, model: nn.Module, batch: Batch, packed: PackedSequences) -> Tensor:
+        """[1, tokens] what a router must not count of the tokens that this chunk of the model sees."""
+        pads, chunk, tp = packed.local(batch.is_padding)[None], self._models[self._chunks.index(model)], self.groups.tp
+        # Megatron scatters it over tensor ranks with the embedding, and only there.
+        scattered = chunk.config.sequence_parallel and not chunk.pre_process
+        return pads.chunk(tp.size, dim=1)[tp.rank] if scattered else pads
 
     def _offloaded(self, model: nn.Module) -> AbstractContextManager[None]:
         """For a stage's forward pass; the schedule keeps its input, from the stage before, itself."""

@@ -43,10 +43,11 @@ class LoopConfig(ComputeConfig):
     router_aux_loss_coef: float | None = option(None, minimum=0)
     """Of a model with experts, what its load-balancing loss is multiplied by where it is added to the loss: the mean,
     over the layers with experts, of num_experts * sum over experts of (choices of it / tokens) * (its mean
-    probability), over all tokens of a microbatch, which count by their number. transformers' load_balancing_loss_func
-    is this for one layer, and averages over layers before it multiplies; Megatron's moe_aux_loss_coeff is this times
-    the number of layers / num_experts_per_tok. None and 0 are off, since with it a step depends on its microbatches;
-    TRL's None takes the coefficient of the model's config."""
+    probability), over all tokens of a microbatch but pads, which count by their number. transformers'
+    load_balancing_loss_func is this for one layer, and averages over layers before it multiplies. The same gradient
+    has in Megatron a moe_aux_loss_coeff of this times num_experts_per_tok / the number of layers with experts. None
+    and 0 are off, since with it a step depends on its microbatches; TRL's None takes the coefficient of the model's
+    config."""
     dataset_name: str | list[str] | None = None
     """Rows to train on: a local .jsonl or .parquet file, a directory, or a hub name; several of them are one
     after another, or mixed as dataset_weights says."""

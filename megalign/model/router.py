@@ -42,22 +42,28 @@ class TokenRouter(TopKRouter):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = torch.zeros_like(scores).scatter(1, chosen, weights * experts.scaling)
         if self.config.moe_aux_loss_coeff and self.training and torch.is_grad_enabled():
-            weights = self._with_load_balancing(weights, scores)
+            weights = self._with_load_balancing(weights, scores, padding_mask)
         return weights, torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
 
-    def _with_load_balancing(self, weights: Tensor, scores: Tensor) -> Tensor:
+    def _with_load_balancing(self, weights: Tensor, scores: Tensor, padding_mask: Tensor | None) -> Tensor:
         """The weights, whose backward also adds the auxiliary loss's gradient; see router_aux_loss_coef.
 
-        Megatron divides all gradients by the tokens that were fed to the model, so the loss of this microbatch is
+        The pipeline divides all gradients by the step's tokens, pads left out, so the loss of this microbatch is
         multiplied by its own, of all tensor and context ranks (Megatron 0.16.1's router takes one rank's).
         """
         num_experts = self._experts.num_experts
-        num_tokens = len(scores) * self.tp_cp_group.size()
+        assert padding_mask is not None, "what fills a batch up to its layout's size must not count"
+        real = ~padding_mask.reshape(-1)  # [tokens]
         # Its best experts by score alone, and for sigmoids the scores' shares: as transformers and Megatron have it.
-        loads = scores.topk(self._experts.top_k, dim=-1).indices.flatten().bincount(minlength=num_experts)
+        chosen = scores.topk(self._experts.top_k, dim=-1).indices
+        counted = real.to(scores.dtype)[:, None]
+        loads = scores.new_zeros(num_experts).index_add(0, chosen.flatten(), counted.expand_as(chosen).flatten())
+        totals = torch.cat([loads, counted.sum()[None]]).detach()
         if self.tp_cp_group.size() > 1:
-            dist.all_reduce(loads, group=self.tp_cp_group)
-        shares = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).sum(0)  # this rank's part of a sum over tokens
+            dist.all_reduce(totals, group=self.tp_cp_group)
+        loads, num_tokens = totals[:-1], totals[-1].clamp(min=1)
+        # This rank's part of a sum over tokens.
+        shares = (scores / (scores.sum(-1, keepdim=True) + 1e-20) * counted).sum(0)
         loss = num_experts * (loads / num_tokens * shares / num_tokens).sum()
         return MoEAuxLossAutoScaler.apply(weights, self.config.moe_aux_loss_coeff * loss * num_tokens)
 

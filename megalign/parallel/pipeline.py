@@ -32,9 +32,10 @@ def train(
     Returns the metrics of each microbatch on the last stage, an empty list elsewhere.
     """
     batches = _whole_rounds(chunks, batches, groups)
-    # N counts all tokens fed to the model, loss tokens or not: it cancels in our loss, and Megatron's
-    # router scales its auxiliary loss by it.
-    fed = torch.tensor([sum(batch.num_tokens for batch in batches)], device=device.device())
+    # N counts all tokens but pads, loss tokens or not: it cancels in our loss, and the router's auxiliary loss is a
+    # mean over them.
+    shares = {id(batch): batch.num_tokens - int(batch.is_padding.sum()) for batch in batches}
+    fed = torch.tensor([sum(shares[id(batch)] for batch in batches)], device=device.device())
     if groups.dp.size > 1:
         dist.all_reduce(fed, group=groups.dp.group)
     num_tokens = int(fed)
@@ -45,7 +46,7 @@ def train(
         def loss_func(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Metric]]:
             value, metrics = loss(head(hidden, batch), batch)
             assert value.requires_grad, "a loss without a graph would hang the pipeline: add logprobs.sum() * 0"
-            share = batch.num_tokens if groups.cp.rank == 0 else 0
+            share = shares[id(batch)] if groups.cp.rank == 0 else 0
             detached = {name: Metric(metric.value.detach(), metric.reduce) for name, metric in metrics.items()}
             return (
                 value * num_tokens,

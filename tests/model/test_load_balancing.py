@@ -21,14 +21,17 @@ from tests.tiny import TinyModels, as_saved, load_reference
 pytestmark = pytest.mark.megatron
 
 COEFFICIENT = 0.3
-# Lengths that 4 divides: no layout adds tokens, which would count as well.
-MICROBATCHES = [[8, 16], [12, 4], [24], [8, 8]]
+# Lengths that layouts pad, and a number of microbatches that neither two replicas nor two chunks share evenly: what is
+# added must not count.
+MICROBATCHES = [[7, 16], [11, 3, 1], [21]]
 LAYOUTS = [
     ONE_RANK,
     Layout(tp=2, sp=True),
     Layout(cp=2),
     Layout(dp=2, ep=2),
     Layout(pp=2),
+    Layout(pp=2, vpp=2),
+    Layout(tp=2, sp=True, pp=2, etp=1),
     Layout(tp=2, sp=True, ep=2, etp=1),
     Layout(tp=2, sp=True, cp=2),
 ]
@@ -51,7 +54,7 @@ def gradients(path: str, layout: Layout, masked: bool, coefficient: float | None
     for number in range(dp.rank, len(MICROBATCHES), dp.size):
         parts = []
         for place, length in enumerate(MICROBATCHES[number]):
-            mask = torch.arange(length) >= (length // 2 if masked else 1)
+            mask = torch.arange(length) >= max(1, length // 2 if masked else 1)
             parts.append({"tokens": tokens(number, place), "loss_mask": mask})
         batches.append(packed(parts, engine.groups))
     counts = Counts(tokens=1.0, sequences=1.0)

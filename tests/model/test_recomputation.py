@@ -24,8 +24,6 @@ from tests.layouts import ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import TinyModels
 
-pytestmark = pytest.mark.megatron
-
 LAYOUTS = [ONE_RANK, Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2), Layout(pp=2, vpp=2)]
 NOTHING = {"gradient_checkpointing": False}
 FULL = {"recompute_granularity": "full"}
