@@ -231,7 +231,9 @@ class TrainEngine:
         packed = PackedSequences.of(batch, self.groups.cp)
         tokens = packed.local(batch.tokens)[None]
         positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope takes them from `packed`
-        balanced = {"padding_mask": self._pads(model, batch, packed)} if self._args.router_aux_loss_coef else {}
+        balanced = (
+            {"padding_mask": self._pads(model, batch, packed)} if self._models[0].config.moe_aux_loss_coeff else {}
+        )
         with self._offloaded(model) if self._args.activation_offloading else nullcontext():
             return model(tokens, positions, None, packed_seq_params=packed, **balanced)
 

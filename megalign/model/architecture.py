@@ -11,7 +11,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
-from megalign.errors import UserError
 from megalign.model.extensions import TRANSFORMER_ENGINE, fuses_gradient_accumulation
 from megalign.model.fp8 import fp8
 from megalign.model.layer_spec import transformer_impl
@@ -69,8 +68,9 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         overlap_p2p_comm=args.num_chunks > 1,
         batch_p2p_comm=args.num_chunks == 1,
         context_parallel_size=groups.cp.size,
-        expert_model_parallel_size=groups.ep.size,
-        expert_tensor_parallel_size=groups.etp.size,
+        # A dense model beside one with experts has the same on every rank.
+        expert_model_parallel_size=groups.ep.size if architecture.moe else 1,
+        expert_tensor_parallel_size=groups.etp.size if architecture.moe else groups.tp.size,
         sequence_parallel=args.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -127,11 +127,6 @@ def _experts(architecture: Architecture, args: LoopConfig) -> dict[str, Any]:
     """The fields of a model with experts; which of them a token chooses is model.router.TokenRouter's matter."""
     experts = architecture.moe
     if experts is None:
-        if args.router_aux_loss_coef:
-            raise UserError(
-                f"router_aux_loss_coef={args.router_aux_loss_coef} balances the experts of a model, and "
-                f"{architecture.family} has none; drop it"
-            )
         return {}
     kinds = [architecture.layer_kind(layer) for layer in range(architecture.num_layers)]
     return {

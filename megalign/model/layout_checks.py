@@ -12,6 +12,24 @@ if TYPE_CHECKING:
     from megalign.config import LoopConfig
 
 
+def check_policy(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
+    """check_layout, and that what is said of experts is of use; a reward model beside it may have none."""
+    check_layout(architecture, args, groups)
+    if architecture.moe is not None:
+        return
+    ep, etp = groups.ep.size, groups.etp.size
+    if ep > 1 or etp != groups.tp.size:
+        raise UserError(
+            f"{architecture.family} has no experts, so expert_model_parallel_size {ep} and "
+            f"expert_tensor_parallel_size {etp} split nothing; drop them"
+        )
+    if args.router_aux_loss_coef:
+        raise UserError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef} balances the experts of a model, and "
+            f"{architecture.family} has none; drop it"
+        )
+
+
 def check_layout(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
     """UserError when heads, FFN, layers or experts do not divide by the layout."""
     tp = groups.tp.size
@@ -61,11 +79,6 @@ def _check_stages(num_layers: int, args: LoopConfig) -> None:
 def _check_experts(architecture: Architecture, args: LoopConfig, groups: ParallelGroups) -> None:
     ep, etp, experts = groups.ep.size, groups.etp.size, architecture.num_experts
     if architecture.moe is None:
-        if ep > 1 or etp != groups.tp.size:
-            raise UserError(
-                f"{architecture.family} has no experts, so expert_model_parallel_size {ep} and "
-                f"expert_tensor_parallel_size {etp} split nothing; drop them"
-            )
         return
     if groups.tp.size > 1 and not args.sequence_parallel:
         raise UserError(

@@ -24,7 +24,7 @@ from megalign.conversion.hf_files import read_config
 from megalign.data import prepared
 from megalign.data.chat import load_tokenizer
 from megalign.errors import UserError
-from megalign.model.layout_checks import check_layout
+from megalign.model.layout_checks import check_policy
 from megalign.parallel.control import barrier
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
@@ -94,7 +94,7 @@ class Trainer:
         callbacks = arguments.check_callbacks(callbacks)
         arguments.check_processing_class(processing_class)
         self.architecture = architecture_of(read_config(self.model_path))
-        check_layout(self.architecture, args, self.groups)
+        check_policy(self.architecture, args, self.groups)
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)

@@ -107,7 +107,7 @@ def tiny(family: str, **changes: Any) -> Architecture:
     return architecture_of(config.to_dict())
 
 
-LATENT = {"q_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 12, "moe_intermediate_size": 32}
+LATENT = {"q_lora_rank": 16, "qk_rope_head_dim": 16, "head_dim": 16, "v_head_dim": 12, "moe_intermediate_size": 32}
 TP2 = {"tensor_model_parallel_size": 2}
 
 
@@ -135,7 +135,12 @@ def test_experts_and_latent_attention_of_fitting_sizes_are_computed(monkeypatch,
         ("qwen2_moe", {"moe_intermediate_size": 32}, {}, "the shared expert's intermediate size is 28"),
         ("deepseek_v3", {}, {}, "q_lora_rank is 14"),
         ("deepseek_v3", {**LATENT, "kv_lora_rank": 24}, {}, "kv_lora_rank is 24"),
-        ("deepseek_v3", {**LATENT, "qk_rope_head_dim": 8}, {}, r"kv_lora_rank \+ qk_rope_head_dim is 24"),
+        (
+            "deepseek_v3",
+            {**LATENT, "qk_rope_head_dim": 8, "head_dim": 8},
+            {},
+            r"kv_lora_rank \+ qk_rope_head_dim is 24",
+        ),
         (
             "deepseek_v3",
             {**LATENT, "qk_nope_head_dim": 10},

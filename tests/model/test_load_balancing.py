@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from megalign.batch import Batch, Counts
+from megalign.conversion.families import architecture_of
+from megalign.conversion.hf_files import read_config
 from megalign.errors import UserError
+from megalign.model.layout_checks import check_policy
 from megalign.parallel import pipeline
 from tests.by_hand import packed
-from tests.layouts import ONE_RANK, Layout, gradients_of, make_engine
+from tests.layouts import ONE_RANK, Layout, arguments, gradients_of, groups_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import TinyModels, as_saved, load_reference
 
@@ -124,7 +127,9 @@ def test_the_formula_is_that_of_transformers_for_one_layer(tiny_models: TinyMode
 
 def refusal(path: str) -> str:
     with pytest.raises(UserError) as told:
-        make_engine(path, ONE_RANK, router_aux_loss_coef=0.1)
+        check_policy(
+            architecture_of(read_config(path)), arguments(ONE_RANK, router_aux_loss_coef=0.1), groups_of(ONE_RANK)
+        )
     return str(told.value)
 
 

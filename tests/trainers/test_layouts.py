@@ -104,6 +104,18 @@ def check_layout(family: str, name: str, layout: Layout, paths: dict[str, str], 
                 assert difference <= 1e-4 * float(gradient.norm()), (engine, key, difference)
 
 
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(tp=2, sp=True, etp=1)], ids=str)
+def test_a_dense_reward_model_stands_beside_a_policy_with_experts(
+    layout: Layout, paths: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    mixed = {**paths["qwen3_moe"], "reward": paths["llama"]["reward"]}
+    kind, options = VARIANTS["PPO"]
+    (one,) = run_ranks(1, run, kind, mixed, ONE_RANK, str(tmp_path / "one"), options)
+    for found in run_ranks(layout.world, run, kind, mixed, layout, str(tmp_path / "many"), scaled(options, layout)):
+        for line, other in zip(found["lines"], one["lines"], strict=True):
+            check_line(line, other)
+
+
 def check_line(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Each number to 1e-4 relative; those that are differences of larger ones, to 1e-4 of the largest in the line."""
     timed = ("time", "_s")
