@@ -47,3 +47,9 @@ class PackedLatentAttention(MLASelfAttention):
         if config.q_lora_rank is not None:
             self.linear_q_down_proj = WholeLinear(config, config.q_lora_rank, config.hidden_size)
             self.q_layernorm.eps = LATENT_EPSILON
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        """What the spec says. 0.19.2's own rules (mla_qk_norm_config.py:62) fuse a norm into the queries' projection
+        where there is no latent of queries; 0.16.1 does not ask."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}

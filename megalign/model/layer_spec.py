@@ -57,6 +57,8 @@ def not_in_transformer_engine(architecture: Architecture) -> list[str]:
         "cap on attention scores": architecture.attention_softcap,
         "sink in attention": architecture.attention_sinks,
         "norm behind attention and feed-forward part": architecture.sandwich_norms,
+        # 0.19.2 would give the queries' projection a norm that the model has not.
+        "latent attention without a latent of queries": architecture.mla and architecture.mla.q_lora_rank is None,
         "norm epsilon of latent attention alone": architecture.mla and architecture.norm_epsilon != LATENT_EPSILON,
     }
     return [name for name, needed in needs.items() if needed]
