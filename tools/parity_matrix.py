@@ -86,14 +86,15 @@ def measure_elsewhere(version: str, families: Sequence[str], names: Sequence[str
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: families by layouts, in each cell one number a version."""
+    """Markdown: families by layouts, in each cell the largest of the versions' numbers."""
     names = list(dict.fromkeys(row["layout"] for row in rows))
-    cells: dict[tuple[str, str], list[str]] = {}
+    cells: dict[tuple[str, str], float] = {}
     for row in rows:
-        cells.setdefault((row["family"], row["layout"]), []).append(f"{row['max_abs_diff']:.1e}".replace("e-0", "e-"))
+        place = (row["family"], row["layout"])
+        cells[place] = max(cells.get(place, 0.0), row["max_abs_diff"])
     lines = [f"| family | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for family in dict.fromkeys(row["family"] for row in rows):
-        found = [", ".join(cells.get((family, name), [""])) for name in names]
+        found = [f"{cells[family, name]:.1e}".replace("e-0", "e-") if (family, name) in cells else "" for name in names]
         lines.append(f"| {family} | {' | '.join(found)} |")
     return "\n".join(lines)
 
