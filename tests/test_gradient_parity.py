@@ -24,8 +24,6 @@ from tests.layouts import EIGHT_RANKS, EVERYTHING, LAYOUTS, ONE_RANK, Layout, gr
 from tests.ranks import run_ranks
 from tests.tiny import TinyModels, as_saved, load_reference
 
-pytestmark = pytest.mark.megatron
-
 FAMILIES = ["llama", "qwen2", "qwen3"]
 # (prompt, completion) lengths; microbatches of uneven token counts, the third without any loss token.
 ROWS = [(3, 6), (5, 2), (2, 15), (4, 1), (6, 0), (3, 0), (2, 9), (7, 4)]
@@ -197,12 +195,13 @@ def check_gradients(path: str, layout: Layout, name: str, **fields: Any) -> None
 
 # The layout is the outer loop: its process groups are made once for all families.
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["sft", *VARIANTS])
+@pytest.mark.parametrize("name", ["sft", pytest.param("dapo", marks=pytest.mark.megatron), "gspo"])
 @pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
 def test_every_gradient_equals_plain_autograd(tiny_models: TinyModels, layout: Layout, name: str, family: str) -> None:
     check_gradients(tiny_models[family], layout, name)
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("family", ["mistral", "phi3", "glm4", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2)], ids=str)
 def test_every_gradient_of_families_with_parts_of_their_own(
@@ -236,6 +235,7 @@ def test_every_gradient_equals_plain_autograd_on_eight_ranks(
     check_gradients(tiny_models[family], layout, name)
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layout", [ONE_RANK, *LAYOUTS], ids=str)
 def test_two_clipped_steps_equal_torch_adamw(tiny_models: TinyModels, layout: Layout, family: str) -> None:
