@@ -32,6 +32,7 @@ LATENT = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 64,
+    "head_dim": 64,
     "v_head_dim": 32,
 }
 OF_A_FAMILY = {
