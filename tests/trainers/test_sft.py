@@ -277,7 +277,7 @@ def test_a_layout_that_does_not_divide_is_named_before_rows_are_read(tmp_path: P
     path = save_tiny_model("llama", tmp_path / "model", num_hidden_layers=3)
     fields = {"output_dir": str(tmp_path / "out"), "pipeline_model_parallel_size": 2}
     for error in run_ranks(2, _error_of, path, fields, {"train_dataset": "no rows at all"}):
-        assert "num_hidden_layers 3 is not divisible by pipeline_model_parallel_size 2" in error
+        assert "num_hidden_layers 3 at pipeline_model_parallel_size 2 leaves 3 layers for 2 stages" in error
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(SFTTrainer, "SFTTrainer"), (GRPOTrainer, "GRPOTrainer")])
