@@ -159,10 +159,18 @@ class TrainEngine:
             special_tokens=tokens,
         )
 
-    def save(self, path: str) -> None:
-        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective."""
+    def save(self, path: str) -> dict[str, str]:
+        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective.
+
+        Returns the checksums of the files that this rank wrote.
+        """
         self._weights()
-        checkpoint.save(path, self._chunks, self._optimizer)
+        return checkpoint.save(path, self._chunks, self._optimizer)
+
+    def begin_save(self, path: str) -> checkpoint.Saving:
+        """The same in the background: the engine may train, sleep or end meanwhile; collective."""
+        self._weights()
+        return checkpoint.begin_save(path, self._chunks, self._optimizer)
 
     def load(self, path: str) -> None:
         """Reads what `save` wrote; collective."""

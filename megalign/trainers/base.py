@@ -29,32 +29,16 @@ from megalign.parallel.control import barrier
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
-from megalign.trainers import arguments, checkpointing
+from megalign.trainers import arguments
+from megalign.trainers.checkpointing import Checkpoints, LoopState
 from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
-# A resumed run must share these fields' values, the world size, the rows and the models' architectures.
-LAYOUT_FIELDS = (
-    "tensor_model_parallel_size",
-    "sequence_parallel",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "use_distributed_optimizer",
-    "params_dtype_name",
-)
-DATA_FIELDS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "data_order_seed",
-    "shuffle_dataset",
-)
+# A resumed run must share these fields' values, the rows of an optimizer step, all rows and the models' architectures.
+MODEL_FIELDS = ("params_dtype_name", "use_distributed_optimizer")
+ROWS_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks"
+DATA_FIELDS = ("seed", "data_order_seed", "shuffle_dataset")
 SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -106,6 +90,7 @@ class Trainer:
         self.eval_rows = self._prepare(eval_dataset, "eval_dataset")
         self.policy = self.make_policy()
         self.run = Run(args, self.groups, callbacks, model=self.policy, processing_class=self.processing_class)
+        self.checkpoints = Checkpoints(args, self.groups, self.run.say)
 
     @property
     def state(self) -> TrainerState:
@@ -175,11 +160,15 @@ class Trainer:
         raise NotImplementedError
 
     def loop_state(self) -> dict[str, Any]:
-        """What a leaf must keep to go on bitwise: tensors and plain values of this rank."""
+        """What a leaf must keep to go on, the same on every rank: tensors and plain values."""
         return {}
 
-    def restore_loop_state(self, state: dict[str, Any]) -> None:
-        """Takes `loop_state` back."""
+    def replica_state(self) -> Any:
+        """The same of this data-parallel replica alone."""
+        return None
+
+    def restore_loop_state(self, state: Mapping[str, Any], replicas: Sequence[Any]) -> None:
+        """Takes `loop_state` back, and the `replica_state` of every replica that there was."""
 
     def after_step(self) -> None:
         """Called on every rank after each optimizer step, before the callbacks hear of it."""
@@ -217,6 +206,7 @@ class Trainer:
             if self.run.control.should_training_stop:
                 break
         output = self._finish(started, first_step)
+        self.checkpoints.progress(wait=True)
         self.save_model()
         self._remove_prepared_files()
         return output
@@ -299,6 +289,7 @@ class Trainer:
 
     def _act(self) -> None:
         """Logs, evaluates and saves as the callbacks decided."""
+        self.checkpoints.progress()
         # Each of the three fires events, in which the callbacks of one rank may decide anew: all ranks must know
         # before they enter the next collective work, and before the loop asks whether to go on.
         self.run.agree()
@@ -368,8 +359,8 @@ class Trainer:
         """What a resumed run must share with the one that wrote the checkpoint."""
         return {
             "trainer": type(self).__name__,
-            "world_size": self.groups.world.size,
-            **{name: getattr(self.args, name) for name in (*LAYOUT_FIELDS, *self.data_fields)},
+            **{name: getattr(self.args, name) for name in (*MODEL_FIELDS, *self.data_fields)},
+            ROWS_OF_A_STEP: self.rows_per_step,
             **{
                 "model" if name == "engine" else name: engine.architecture.in_json()
                 for name, engine in self.engines().items()
@@ -378,29 +369,29 @@ class Trainer:
             **self.settings(),
         }
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows (of trainers that sample: completions) of an optimizer step, over all ranks."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.groups.dp.size
+
     @cached_property
     def _described_rows(self) -> str:
         """They are read through once, not at every checkpoint."""
         return prepared.describe_rows(self.train_rows)
 
     def _save_checkpoint(self) -> None:
-        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        loop = {"position": self.run.position(), "leaf": self.loop_state()}
-        world = self.groups.world
-        checkpointing.save_checkpoint(path, self.engines(), self.state, loop, self._settings(), world)
-        checkpointing.rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, path, world)
+        run = {"position": self.run.position(), "leaf": self.loop_state()}
+        loop = LoopState(trainer=self.state, run=run, replica=self.replica_state())
+        self.checkpoints.save(self.engines(), loop, self._settings())
 
     def _resume(self, resume: str | bool | None) -> None:
-        path = checkpointing.find_checkpoint(self.args.output_dir, resume)
+        path = self.checkpoints.find(resume)
         if path is None:
-            if resume:
-                self.run.say(f"no checkpoint in {self.args.output_dir} yet: training starts afresh")
             self.run.file.start_afresh()
             return
-        checkpointing.check_checkpoint(path, self._settings())
-        state, loop = checkpointing.load_checkpoint(path, self.engines(), self.groups.world)
-        self.run.resume(state, loop["position"], self.plan)
-        self.restore_loop_state(loop["leaf"])
+        resumed = self.checkpoints.load(path, self.engines(), self._settings())
+        self.run.resume(resumed.trainer, resumed.run["position"], self.plan)
+        self.restore_loop_state(resumed.run["leaf"], resumed.replicas)
         if self.state.global_step < self.plan.max_steps:
             self.run.file.go_on_after(self.state.global_step, logged_step=self.run.logged_step)
-        self.run.say(f"resumed from {path}")
