@@ -21,6 +21,8 @@ _CONTEXT = mp.get_context("forkserver")
 # What every worker would import anyway: paid once, in the server they are forked from.
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "tests.warm"])
 
+_MOST_THREADS = 200  # a layout's groups have some 70; new processes cost half a second
+
 
 class RanksError(AssertionError):
     """A rank raised; the text carries every rank's traceback."""
@@ -64,6 +66,15 @@ class _Pool:
             raise RanksError(f"{fn.__name__}: no answer from ranks {silent} within {timeout} s\n{text}")
         return [results[rank] for rank in range(len(self.pipes))]
 
+    @property
+    def is_worn(self) -> bool:
+        """Whether threads of groups pile up there.
+
+        Megatron's DDP keeps itself alive through autograd's hooks at times, and with it the gloo groups of its layout,
+        each with a thread that polls.
+        """
+        return len(os.listdir(f"/proc/{self.processes[0].pid}/task")) > _MOST_THREADS
+
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()  # a rank that waits for work leaves by itself, finalizers run
@@ -87,11 +98,15 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
             pool.close()
     if world not in _POOLS:
         _POOLS[world] = _Pool(world)
+    pool = _POOLS[world]
     try:
-        return _POOLS[world].run(fn, args, timeout)
+        results = pool.run(fn, args, timeout)
     except RanksError:
         del _POOLS[world]
         raise
+    if pool.is_worn:
+        _POOLS.pop(world).close()
+    return results
 
 
 @atexit.register
