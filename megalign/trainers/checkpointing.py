@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
 from megalign.errors import UserError
-from megalign.parallel.control import barrier
+from megalign.parallel.control import agree, gather_objects
 from megalign.parallel.groups import ParallelGroups
 from megalign.trainers import manifest
 from megalign.trainers.generators import rng_state, set_rng_state
@@ -80,11 +80,8 @@ class Checkpoints:
         path = Path(self._args.output_dir) / f"checkpoint-{step}"
         content = {"step": step, "settings": dict(settings), "layout": layout_of(self._args, self._groups)}
         with self._writing(path):
-            if world.rank == 0 and path.exists():  # left by a run that was killed, or by one that is being repeated
-                shutil.rmtree(path)
-            barrier(world)
-            (path / _LOOP).mkdir(parents=True, exist_ok=True)
-            self._write_loop(path, loop)
+            agree(lambda: self._begin(path), world)
+            agree(lambda: self._write_loop(path, loop), world)
             if self._args.async_save:
                 savings = {name: _begun(engine, path / name) for name, engine in engines.items()}
                 self._pending = _Pending(path=path, content=content, savings=savings)
@@ -128,27 +125,34 @@ class Checkpoints:
         run = _load(path / _LOOP / "run.pt")
         return Resumed(trainer=trainer, run=run, replicas=[_load(file) for file in replicas])
 
+    def _begin(self, path: Path) -> None:
+        """On rank 0 alone, so that no other makes a directory in one that is being removed."""
+        if self._groups.world.rank == 0:
+            if path.exists():  # left by a run that was killed, or by one that is being repeated
+                shutil.rmtree(path)
+            (path / _LOOP).mkdir(parents=True)
+
     def _write_loop(self, path: Path, loop: LoopState) -> None:
         groups, directory = self._groups, path / _LOOP
-        torch.save(rng_state(), directory / f"rank_{groups.world.rank:05d}.pt")
+        _dump(rng_state(), directory / f"rank_{groups.world.rank:05d}.pt")
         if groups.is_dp_leader:
-            torch.save(loop.replica, directory / f"replica_{groups.dp.rank:05d}.pt")
+            _dump(loop.replica, directory / f"replica_{groups.dp.rank:05d}.pt")
         if groups.world.rank == 0:
-            torch.save(dict(loop.run), directory / "run.pt")
+            _dump(dict(loop.run), directory / "run.pt")
             loop.trainer.save_to_json(str(path / STATE))
 
     def _declare_whole(self, path: Path, content: Mapping[str, Any], sums: Mapping[str, Mapping[str, str]]) -> None:
         """The manifest, from the checksums of the engines' files that each rank wrote; then rotation."""
         world = self._groups.world
         mine = {f"{name}/{file}": value for name, files in sums.items() for file, value in files.items()}
-        everyone = [mine]
-        if world.size > 1:
-            everyone = [{} for _ in world.ranks]
-            dist.all_gather_object(everyone, mine, group=world.group)
-        if world.rank == 0:
-            manifest.write_manifest(path, content, {name: value for part in everyone for name, value in part.items()})
-            manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, path)
-        barrier(world)
+        checksums = {name: value for part in gather_objects(mine, world) for name, value in part.items()}
+
+        def declare() -> None:
+            if world.rank == 0:
+                manifest.write_manifest(path, content, checksums)
+                manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, path)
+
+        agree(declare, world)
 
     def _change_of_layout(self, path: Path) -> str:
         now, then = layout_of(self._args, self._groups), (manifest.read_manifest(path) or {}).get("layout", {})
@@ -177,6 +181,13 @@ def layout_of(args: Any, groups: ParallelGroups) -> dict[str, Any]:
         "num_layers_in_first_pipeline_stage": args.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": args.num_layers_in_last_pipeline_stage,
     }
+
+
+def _dump(value: Any, file: Path) -> None:
+    """torch.save, whose own writer answers a full disk with a RuntimeError of its archive."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    file.write_bytes(content.getbuffer())
 
 
 def _saved(engine: TrainEngine, path: Path) -> dict[str, str]:

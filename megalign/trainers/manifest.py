@@ -13,10 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megalign.errors import UserError
 from megalign.model.checkpoint import checksum
+from megalign.parallel.control import gather_objects
 from megalign.parallel.groups import Axis
 
 MANIFEST = "manifest.json"
@@ -87,11 +86,7 @@ def check_files(path: Path, world: Axis) -> None:
     """Raises on every rank unless every file is what the manifest says; each rank reads its share. Collective."""
     files = list(_manifest_of(path)["files"].items())
     fault = next(filter(None, (_fault(path / name, then) for name, then in files[world.rank :: world.size])), None)
-    faults = [fault]
-    if world.size > 1:
-        faults = [None] * world.size
-        dist.all_gather_object(faults, fault, group=world.group)
-    for told in filter(None, faults):
+    for told in filter(None, gather_objects(fault, world)):
         raise UserError(f"{told}; {other_than(path)}")
 
 
