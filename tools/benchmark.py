@@ -52,6 +52,7 @@ class Step(NamedTuple):
     cpu_seconds: float  # of all its threads: other programs on the machine hardly change it
     tokens: int  # fed to the model, prompts included, padding not
     loss: float
+    device_peak: int = 0  # the most bytes of a GPU that torch held at once so far
 
 
 class Pair(NamedTuple):
@@ -91,7 +92,8 @@ class StepOnCall(TrainerCallback):
     def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any], **__: Any) -> None:
         """Answers: only the log, which follows the step's end, knows how many tokens there were."""
         tokens = int(logs["num_tokens"])
-        self.pipe.send(Step(*self.taken, tokens - self.tokens, float(logs["loss"])))
+        peak = torch.cuda.max_memory_allocated() if device.on_cuda() else 0
+        self.pipe.send(Step(*self.taken, tokens - self.tokens, float(logs["loss"]), peak))
         self.tokens = tokens
 
 
@@ -300,6 +302,7 @@ def summarize(job: str, pairs: Sequence[Pair], peak_rss: dict[str, int]) -> list
                 "tokens_per_s": sum(step.tokens for step in steps) / sum(seconds),
                 "ratio": statistics.median(ratios),
                 "peak_rss": peak_rss[engine],
+                "peak_device": max(step.device_peak for step in steps),
             }
         )
     return entries
@@ -340,16 +343,19 @@ def show(
     """The entries as a table, with the machine's own limits below."""
     what = "rows" if options.job == "sft" else f"completions of at most {options.max_completion_length} tokens"
     table = Table(title=f"{options.job}: {options.batch} {what} a step, medians of {len(pairs)}, {options.model.name}")
-    for heading in ("engine", "s", "CPU s", "tokens/s", "x TRL", "GFLOP/s", "loss", "RSS GB"):
+    for heading in ("engine", "s", "CPU s", "tokens/s", "x TRL", "GFLOP/s", "MFU", "loss", "RSS GB", "GPU GB"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
-    weights = num_parameters(options.model)
+    weights, best = num_parameters(options.model), statistics.median(limit.flops for limit in limits)
     for entry in entries:
         # Forward and backward take 6 operations a weight and token; generation is not counted like that.
-        flops = f"{6 * weights * entry['tokens_per_s'] / 1e9:.0f}" if options.job == "sft" else "-"
+        flops = 6 * weights * entry["tokens_per_s"]
+        # Of what this machine's matrix product gave, not of a data sheet's.
+        rates = (f"{flops / 1e9:.0f}", f"{flops / best:.1%}") if options.job == "sft" else ("-", "-")
         steps: list[Step] = [getattr(pair, entry["engine"]) for pair in pairs]
         cpu = statistics.median(step.cpu_seconds for step in steps)
-        times = f"{entry['median_s']:.2f}", f"{cpu:.1f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f}"
-        table.add_row(entry["engine"], *times, flops, f"{steps[0].loss:.4f}", f"{entry['peak_rss'] / 1e9:.2f}")
+        times = f"{entry['median_s']:.3f}", f"{cpu:.2f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f}"
+        peaks = (f"{entry[name] / 1e9:.2f}" for name in ("peak_rss", "peak_device"))
+        table.add_row(entry["engine"], *times, *rates, f"{steps[0].loss:.4f}", *peaks)
     console.print(table)
     flops, copied = ([value / 1e9 for value in column] for column in zip(*limits, strict=True))
     console.print(

@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 import xxhash
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -23,6 +25,7 @@ from megalign.patches.megatron import megatron_calls
 
 _BLOCK = 1 << 24  # bytes
 _NICENESS = 10  # of a process that writes while training goes on
+_EXTRA_STATE = "_extra_state"
 
 
 class Saving:
@@ -58,9 +61,13 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
     if optimizer is not None:
         adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
     with megatron_calls():
-        state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), path)
+        wanted = _sharded_state(chunks, optimizer, is_loading=True)
+        _leave_out_absent_extras(wanted, path)
+        state = dist_checkpointing.load(wanted, path)
         for number, chunk in enumerate(chunks):
-            _model_of(chunk).load_state_dict(state[_key(number)])
+            missing, unexpected = _model_of(chunk).load_state_dict(state[_key(number)], strict=False)
+            lost = [name for name in missing if not name.endswith(_EXTRA_STATE)]
+            assert not lost and not unexpected, f"missing {lost[:5]}, unexpected {unexpected[:5]}"
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
 
@@ -110,6 +117,22 @@ def _write(
         os.nice(_NICENESS)
     megatron_writes(*args, **kwargs)
     checksums.put({file.name: checksum(file) for file in sorted(directory.glob(f"__{rank}_*"))})
+
+
+def _leave_out_absent_extras(wanted: dict[str, Any], path: str) -> None:
+    """Transformer Engine's modules have a state beside their weights (FP8's scales), which plain ones never wrote."""
+    extras = [
+        (part, name, value.unique_key)
+        for part in wanted.values()
+        for name, value in part.items()
+        if isinstance(value, ShardedObject) and name.endswith(_EXTRA_STATE)
+    ]
+    if not extras:
+        return
+    written = load_sharded_metadata(path)
+    for part, name, key in extras:
+        if key not in written:
+            del part[name]
 
 
 def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _replace_rng_tracker_state() -> None:
     _replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
 
 
-def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
+def _replace(module: Any, name: str, function: Any) -> None:
     # A name that upstream has given up would be set without effect.
     assert hasattr(module, name), f"megatron-core has no {module.__name__}.{name} any more"
     setattr(module, name, function)
@@ -305,8 +305,21 @@ def _do_without_transformer_engine() -> None:
 
     if not transformer_engine.HAVE_TE:
         multi_latent_attention.HAVE_TE = False
+    else:
+        _add_gradients_without_apex()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _add_gradients_without_apex() -> None:
+    """tensor_parallel/layers.py:924/1070 refuses gradient_accumulation_fusion without Apex's kernel, to the head too.
+
+    Transformer Engine's linears add their gradients up themselves, and the head is a function of its weight here
+    (model.heads), no module that is called. Goes when upstream asks where the kernel is used.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    _replace(layers, "_grad_accum_fusion_available", True)
 
 
 def _send_uneven_parts_over_gloo() -> None:
