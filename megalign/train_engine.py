@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from megalign import device
 from megalign.batch import Batch, Counts, Metric, Slice
+from megalign.checkpoints.find import HUGGING_FACE
 from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, exported_config, is_classifier
+from megalign.conversion.hf_config import write_companions
 from megalign.errors import UserError
 from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
@@ -147,22 +150,32 @@ class TrainEngine:
     def export(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> None:
         """Writes a Hugging Face directory; collective. `special_tokens` are the tokenizer's (`eos_token_id`, ...)."""
         tokens = special_tokens or {}
-        pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
-        changes = exported_config(hf_files.read_config(self.hf_path), self.architecture, pad)
         export.save_hf(
             path,
             self.hf_path,
             self._weights(),
             self.groups,
             self.architecture,
-            config_changes=changes,
+            config_changes=self._config_changes(tokens),
             special_tokens=tokens,
         )
 
-    def save(self, path: str) -> None:
-        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective."""
+    def save(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> None:
+        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective.
+
+        Its hugging_face/ says what the model is, so that tools/megatron_to_hf.py needs no other directory.
+        """
         self._weights()
         checkpoint.save(path, self._chunks, self._optimizer)
+        if self.groups.world.rank == 0:
+            beside, tokens = Path(path) / HUGGING_FACE, special_tokens or {}
+            beside.mkdir(exist_ok=True)
+            changes = self._config_changes(tokens)
+            write_companions(Path(self.hf_path), beside, config_changes=changes, special_tokens=tokens)
+
+    def _config_changes(self, tokens: Mapping[str, int]) -> dict[str, Any]:
+        pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
+        return exported_config(hf_files.read_config(self.hf_path), self.architecture, pad)
 
     def load(self, path: str) -> None:
         """Reads what `save` wrote; collective."""

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import collections
 import pickle
+import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,23 +48,15 @@ _METADATA_GLOBALS = {
 }
 # Only their names are read, no such class is ever imported.
 _KNOWN_PACKAGES = ("argparse", "types", "enum", "signal", "pathlib", "numpy", "torch", "megatron")
+_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, LookupError)
+_DAMAGED += (AttributeError, OSError, NotImplementedError)
 _PLAIN = {"set": set, "frozenset": frozenset, "slice": slice, "complex": complex, "bytearray": bytearray}
 
 
 def read_metadata(path: Path) -> Metadata:
     """The content of a torch_dist checkpoint's `.metadata`; a class that has no business there is refused."""
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file, path).load()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} has no {path.name}, so it is no torch_dist checkpoint, or one that was not written to its "
-            "end; give another"
-        ) from error
-    except UserError:
-        raise
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy the checkpoint again, or use another") from error
+    with path.open("rb") as file:
+        metadata = _MetadataUnpickler(file, path).load()
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path} holds a {type(metadata).__name__} and no Metadata; give a torch_dist checkpoint")
     for info in (metadata.storage_data or {}).values():
@@ -74,37 +69,43 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def load_data(stream: IO[bytes], name: str, **options: Any) -> Any:
-    """torch.load of tensors and plain values; `name` is what the error calls the stream."""
+    """torch.load of tensors and plain values; a class is refused. `name` is what the error calls the stream."""
     try:
         return torch.load(stream, weights_only=True, **options)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(explain(stream, name, error)) from error
+    except pickle.UnpicklingError as error:
+        refuse_classes(stream, name, error)
+        raise
 
 
-def explain(stream: IO[bytes], name: str, error: BaseException) -> str:
-    """Why torch.load would not have it: a class in it, by name, or damage."""
+def refuse_classes(stream: IO[bytes], name: str, error: BaseException) -> None:
+    """A UserError with the classes that torch.load would not have; none for what is merely damaged."""
     try:
         stream.seek(0)
         unsafe = get_unsafe_globals_in_checkpoint(stream)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError):
-        unsafe = []
+    except _DAMAGED:  # no archive, but a bare pickle, of which torch.load names the first
+        unsafe = re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
     if unsafe:
-        return _refusal(name, ", ".join(unsafe))
-    reason = str(error).strip().splitlines()
-    return f"{name} is damaged ({reason[0] if reason else type(error).__name__}); copy it again, or use another"
+        raise UserError(_refusal(name, ", ".join(unsafe))) from error
 
 
 def read_inert(stream: IO[bytes], name: str) -> Any:
     """What torch.save wrote, with tensors and objects of known packages as inert stand-ins that keep their state."""
+    with zipfile.ZipFile(stream) as archive:
+        (pickled,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
+        with archive.open(pickled) as file:
+            return _InertUnpickler(file, name).load()
+
+
+@contextmanager
+def damage_told(name: str) -> Iterator[None]:
+    """Turns what the functions above raise for a damaged file into a UserError."""
     try:
-        with zipfile.ZipFile(stream) as archive:
-            (pickled,) = (entry for entry in archive.namelist() if entry.endswith("/data.pkl"))
-            with archive.open(pickled) as file:
-                return _InertUnpickler(file, name).load()
+        yield
     except UserError:
         raise
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"{name} is damaged ({error}); copy it again, or use another") from error
+    except _DAMAGED as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} is damaged ({reason}); copy the checkpoint again, or use another") from error
 
 
 class Inert:

@@ -22,7 +22,12 @@ from megalign.conversion.hf_config import write_companions
 from megalign.conversion.hf_files import HfReader, read_config
 from megalign.conversion.hf_writer import HfDirectory, parse_size
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """An option's; None: each tensor keeps its own."""
+    return (
+        None if name is None else {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    )
 
 
 def hf_to_megatron(hf: Path, output: Path, dtype: torch.dtype | None = None) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megalign.errors import UserError
-from megalign.unpickle import METADATA_FILE, load_data, read_inert, read_metadata
+from megalign.unpickle import METADATA_FILE, damage_told, load_data, read_inert, read_metadata
 
 CONFIG_FILE = "metadata.json"  # what makes a directory a checkpoint for Megatron
 COMMON_FILE = "common.pt"
@@ -40,7 +40,8 @@ class TorchDistReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._metadata = read_metadata(path / METADATA_FILE)
+        with damage_told(str(path / METADATA_FILE)):
+            self._metadata = read_metadata(path / METADATA_FILE)
         found = self._metadata.state_dict_metadata.items()
         self._tensors = {name: entry for name, entry in found if isinstance(entry, TensorStorageMetadata)}
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
@@ -70,13 +71,14 @@ class TorchDistReader:
         """
         file = self.path / COMMON_FILE
         if file.exists():
-            with file.open("rb") as stream:
+            with damage_told(str(file)), file.open("rb") as stream:
                 return read_inert(stream, str(file))
         info = self._metadata.storage_data.get(MetadataIndex(_COMMON_OBJECT))
         if info is None:
             return {}
-        stream = io.BytesIO(self._window(info))
-        return read_inert(stream, f"{self.path / info.relative_path} ({_COMMON_OBJECT})")[0]
+        told = f"{self.path / info.relative_path} ({_COMMON_OBJECT})"
+        with damage_told(told):
+            return read_inert(io.BytesIO(self._window(info)), told)[0]
 
     def parts(self, name: str, index: tuple[int, ...], region: tuple[slice, ...]) -> Iterator[Part]:
         """What files have of tensor[index][region], as views."""
@@ -110,20 +112,19 @@ class TorchDistReader:
             place = f"{name} at {list(offsets)}"
             raise UserError(f"{self.path / METADATA_FILE} does not say where {place} is; copy it again")
         told = f"{self.path / info.relative_path} ({name} at {list(offsets)})"
-        window = self._window(info)
-        shape = load_data(io.BufferedReader(_Window(window)), told, map_location="meta")
+        with damage_told(told):
+            window = self._window(info)
+            shape = load_data(io.BufferedReader(_Window(window)), told, map_location="meta")
         if not isinstance(shape, Tensor) or (tuple(shape.shape), shape.dtype) != (sizes, self.dtype(name)):
             raise UserError(
                 f"{told} is not {list(sizes)} of {self.dtype(name)}, as {METADATA_FILE} says; copy it again"
             )
-        start, length = _numbers(window, told)
-        numbers = torch.frombuffer(
-            self._mapped(info.relative_path),
-            dtype=shape.dtype,
-            count=length // shape.itemsize,
-            offset=info.offset + start,
-        )
-        return numbers.as_strided(shape.shape, shape.stride(), shape.storage_offset())
+        with damage_told(told):
+            start, length = _numbers(window, told)
+        mapped, count = self._mapped(info.relative_path), length // shape.itemsize
+        numbers = torch.frombuffer(mapped, dtype=shape.dtype, count=count, offset=info.offset + start)
+        with damage_told(told):  # strides beyond the numbers
+            return numbers.as_strided(shape.shape, shape.stride(), shape.storage_offset())
 
     def _window(self, info: Any) -> memoryview:
         mapped = self._mapped(info.relative_path)

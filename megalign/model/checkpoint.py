@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -10,9 +11,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megalign.checkpoints.reader import COMMON_FILE
 from megalign.model.optimizer import adam_states
 from megalign.patches.megatron import megatron_calls
+from megalign.patches.unpickling import refusal_in
+from megalign.unpickle import load_data
 
 
 def save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> None:
@@ -31,12 +36,32 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
     """Reads what `save` wrote into the live model and optimizer; collective."""
     if optimizer is not None:
         adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
+    _refuse_classes_in_common_state(path)
     with megatron_calls():
-        state = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), path)
+        state = _load(_sharded_state(chunks, optimizer, is_loading=True), path)
         for number, chunk in enumerate(chunks):
             _model_of(chunk).load_state_dict(state[_key(number)])
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
+
+
+def _load(state: dict[str, Any], path: str) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, path)
+    except CheckpointException as error:
+        refusal = refusal_in(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refuse_classes_in_common_state(path: str) -> None:
+    """Megatron leaves it to torch.load's default (strategies/common.py:89/48), which a variable of the environment
+    turns off."""
+    file = Path(path) / COMMON_FILE
+    if file.exists():  # 0.19 keeps it elsewhere
+        with file.open("rb") as stream:
+            load_data(stream, str(file))
 
 
 def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megalign.device import on_cuda
+from megalign.patches.unpickling import unpickle_data_only
 
 _installed = False
 
@@ -75,6 +76,7 @@ def install() -> None:
     _repair_optimizer_checkpoints()
     _number_parameters_of_two_dtypes()
     _save_without_helper_process()
+    unpickle_data_only()
     _recompute_without_transformer_engine()
     _do_without_transformer_engine()
     if not on_cuda():

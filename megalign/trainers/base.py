@@ -387,7 +387,16 @@ class Trainer:
         path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         loop = {"position": self.run.position(), "leaf": self.loop_state()}
         world = self.groups.world
-        checkpointing.save_checkpoint(path, self.engines(), self.state, loop, self._settings(), world)
+        checkpointing.save_checkpoint(
+            path,
+            self.engines(),
+            self.state,
+            loop,
+            self._settings(),
+            world,
+            special_tokens=self.special_tokens,
+            tokenizer=self.processing_class if self.changes_tokenizer() else None,
+        )
         checkpointing.rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, path, world)
 
     def _resume(self, resume: str | bool | None) -> None:

@@ -23,11 +23,15 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
+from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
 from megalign.parallel.control import barrier
 from megalign.parallel.groups import Axis
+from megalign.unpickle import load_data
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megalign.train_engine import TrainEngine
 
 MANIFEST = "manifest.json"
@@ -46,8 +50,14 @@ def save_checkpoint(
     loop: Mapping[str, Any],
     settings: Mapping[str, Any],
     world: Axis,
+    *,
+    special_tokens: Mapping[str, int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Writes a whole checkpoint; `loop` is this rank's part, `settings` what a resumed run must share."""
+    """Writes a whole checkpoint; `loop` is this rank's part, `settings` what a resumed run must share.
+
+    The models' config files get the tokenizer's `special_tokens`, and `tokenizer` where it is not their directories'.
+    """
     if world.rank == 0 and path.exists():  # left by a run that was killed, or by one that is being repeated
         with _writing(path):
             shutil.rmtree(path)
@@ -56,7 +66,9 @@ def save_checkpoint(
         (path / "loop").mkdir(parents=True, exist_ok=True)
     for name, engine in engines.items():
         with engine.kept_as_it_was(), _writing(path):
-            engine.save(str(path / name))
+            engine.save(str(path / name), special_tokens=special_tokens)
+            if tokenizer is not None and world.rank == 0:
+                tokenizer.save_pretrained(path / name / HUGGING_FACE)
     with _writing(path):
         torch.save({"rng": rng_state(), **loop}, _loop_file(path, world.rank))
         if world.rank == 0:
@@ -77,8 +89,8 @@ def load_checkpoint(path: Path, engines: Mapping[str, TrainEngine], world: Axis)
         with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
             engine.load(str(path / name))
     file = _loop_file(path, world.rank)
-    with _reading(file, *_DAMAGED):
-        loop = torch.load(file, map_location="cpu", weights_only=True)
+    with _reading(file, *_DAMAGED), file.open("rb") as stream:
+        loop = load_data(stream, str(file), map_location="cpu")
     set_rng_state(loop.pop("rng"))
     with _reading(path / STATE, ValueError, TypeError):  # no JSON, or other fields
         return TrainerState.load_from_json(str(path / STATE)), loop
