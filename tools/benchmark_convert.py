@@ -4,8 +4,9 @@
 
 The model is made here: random weights of a Llama's shapes in bf16, in files of 5 GB. Each of copy, hf_to_megatron and
 megatron_to_hf is a process of its own, one after the other in each repetition, so that a machine that slows down slows
-all; the ratio is the median over repetitions of the copy's seconds by its own. Memory is the largest RssAnon of
-/proc/PID/status: what a process holds besides mapped files.
+all. Seconds, and CPU seconds, which other programs hardly change, begin when Python and torch are imported; a ratio is
+the median over repetitions of the copy's by its own. Memory is the largest RssAnon of /proc/PID/status: what a process
+holds besides mapped files.
 """
 
 from __future__ import annotations
@@ -32,14 +33,31 @@ SHAPES = {
     "2b": (40, 2048, 8192, 32, 8, 128256),
     "8b": (32, 4096, 14336, 32, 8, 128256),
 }
-_COPY = "import shutil, sys; [shutil.copyfile(f, sys.argv[1] + '/' + f.rpartition('/')[2]) for f in sys.argv[2:]]"
-_SAMPLE_S = 0.01
+_COPY = """
+target, *files = sys.argv[1:]
+for file in files:
+    shutil.copyfile(file, target + "/" + file.rpartition("/")[2])
+"""
+_CONVERT = """
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# The last line that a child prints is its own clock's.
+_TIMED = """
+import atexit, runpy, shutil, sys, time
+{imports}
+wall, cpu = time.perf_counter(), time.process_time()
+atexit.register(lambda: print("\\n", time.perf_counter() - wall, time.process_time() - cpu))
+sys.argv = sys.argv[1:]
+{work}
+"""
+_SAMPLE_S = 0.02
 
 
 class Run(NamedTuple):
     """A process that is over."""
 
     seconds: float
+    cpu_seconds: float
     peak_anon: int  # bytes
 
 
@@ -76,9 +94,9 @@ def make_model(path: Path, config: dict[str, Any], max_shard_size: int = 5 * 10*
     shapes = hf_shapes(rules_of(architecture), architecture)
     block = torch.randint(-(2**15), 2**15, (1 << 22,), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
 
-    def random(name: str) -> torch.Tensor:
+    def random(name: str) -> list[torch.Tensor]:
         count = math.prod(shapes[name])
-        return block.repeat(-(-count // len(block)))[:count].view(torch.bfloat16).view(shapes[name])
+        return [block.view(torch.bfloat16)[: min(len(block), count - at)] for at in range(0, count, len(block))]
 
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
@@ -93,18 +111,18 @@ def make_model(path: Path, config: dict[str, Any], max_shard_size: int = 5 * 10*
 
 
 def run(command: Sequence[str]) -> Run:
-    """Seconds, and the largest RssAnon that was seen; its output is shown when it fails."""
+    """A child's seconds, and the largest RssAnon that was seen; its output is shown when it fails."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started, peak = time.perf_counter(), 0
+    peak = 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ, text=True)
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(_SAMPLE_S)
-    seconds = time.perf_counter() - started
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(f"megalign: error: {' '.join(command[:3])} ended with {process.returncode}: {output}")
-    return Run(seconds, peak)
+    seconds, cpu_seconds = map(float, output.splitlines()[-1].split())
+    return Run(seconds, cpu_seconds, peak)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -119,13 +137,15 @@ def anonymous_bytes(pid: int) -> int:
 def commands(model: Path, scratch: Path) -> dict[str, list[str]]:
     """What is timed, in this order: the way back starts from what the way there made."""
     files = [str(file) for file in sorted(model.glob("*.safetensors"))]
-    tool = [sys.executable, str(ROOT / "tools")]
-    there = [tool[0], f"{tool[1]}/hf_to_megatron.py", "--hf", str(model), "--output", str(scratch / "megatron")]
-    back = [tool[0], f"{tool[1]}/megatron_to_hf.py", "--checkpoint", str(scratch / "megatron")]
+    copying = _TIMED.format(imports="", work=_COPY)
+    converting = _TIMED.format(imports="import megalign.checkpoints.convert", work=_CONVERT)
+    tool = [sys.executable, "-c", converting]
+    there = [f"{ROOT}/tools/hf_to_megatron.py", "--hf", str(model), "--output", str(scratch / "megatron")]
+    back = [f"{ROOT}/tools/megatron_to_hf.py", "--checkpoint", str(scratch / "megatron")]
     return {
-        "copy": [sys.executable, "-c", _COPY, str(scratch / "copy"), *files],
-        "hf_to_megatron": there,
-        "megatron_to_hf": [*back, "--output", str(scratch / "hf")],
+        "copy": [sys.executable, "-c", copying, "copy", str(scratch / "copy"), *files],
+        "hf_to_megatron": [*tool, *there],
+        "megatron_to_hf": [*tool, *back, "--output", str(scratch / "hf")],
     }
 
 
@@ -137,7 +157,8 @@ def measure(model: Path, repetitions: int) -> dict[str, list[Run]]:
             (Path(scratch) / "copy").mkdir()
             for what, command in commands(model, Path(scratch)).items():
                 found[what].append(run(command))
-                print(f"{what}: {found[what][-1].seconds:.1f} s", file=sys.stderr)
+                own = found[what][-1]
+                print(f"{what}: {own.seconds:.1f} s, of CPU {own.cpu_seconds:.1f} s", file=sys.stderr)
                 if what == "copy":
                     shutil.rmtree(Path(scratch) / "copy")
     return found
@@ -147,7 +168,7 @@ def summarize(found: dict[str, list[Run]], nbytes: int, shape: str) -> list[dict
     """One entry each; a ratio of 0.5 is half the copy's speed."""
     entries = []
     for what, runs in found.items():
-        ratios = [copy.seconds / own.seconds for copy, own in zip(found["copy"], runs, strict=True)]
+        pairs = list(zip(found["copy"], runs, strict=True))
         median = statistics.median(own.seconds for own in runs)
         entries.append(
             {
@@ -157,7 +178,8 @@ def summarize(found: dict[str, list[Run]], nbytes: int, shape: str) -> list[dict
                 "bytes": nbytes,
                 "median_s": median,
                 "gb_per_s": nbytes / 1e9 / median,
-                "ratio": statistics.median(ratios),
+                "ratio": statistics.median(copy.seconds / own.seconds for copy, own in pairs),
+                "cpu_ratio": statistics.median(copy.cpu_seconds / own.cpu_seconds for copy, own in pairs),
                 "peak_anon": max(own.peak_anon for own in runs),
             }
         )
@@ -180,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for entry in entries:
         print(
             f"{entry['what']:15} {entry['median_s']:8.1f} s {entry['gb_per_s']:6.2f} GB/s  {entry['ratio']:.2f} of the "
-            f"copy's speed, RssAnon at most {entry['peak_anon'] / 1e9:.2f} GB"
+            f"copy's speed (by CPU seconds {entry['cpu_ratio']:.2f}), RssAnon at most {entry['peak_anon'] / 1e9:.2f} GB"
         )
 
 

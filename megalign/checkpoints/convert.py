@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,18 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Copies of some megabytes: torch's other threads would wait, busily, more than they copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def hf_to_megatron(hf: Path, output: Path, dtype: torch.dtype | None = None) -> None:
     """Writes `output`, which any Megatron-Core program loads at any layout; a collective over the job."""
     job = Job()
@@ -46,6 +60,7 @@ def hf_to_megatron(hf: Path, output: Path, dtype: torch.dtype | None = None) -> 
         write_checkpoint(partial, mine, extra_states(architecture), _common(architecture), meter.written)
 
 
+@_one_thread()
 def megatron_to_hf(
     checkpoint: Path,
     output: Path,
@@ -72,7 +87,9 @@ def megatron_to_hf(
     with Meter(job, str(output), sum(entry.nbytes for number in mine for entry in shards[number])) as meter:
         for number in mine:
             with target.told():
-                write_shard(target.shard_file(number), shards[number], lambda n: tensors.read(n, dtype), meter.written)
+                write_shard(
+                    target.shard_file(number), shards[number], lambda n: tensors.blocks(n, dtype), meter.written
+                )
     job.barrier()
     if job.rank == 0:
         kind = Counter(entry.dtype for entry in entries).most_common(1)[0][0]

@@ -43,17 +43,19 @@ def split_into_shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Ent
 
 
 def write_shard(
-    file: Path, entries: Sequence[Entry], read: Callable[[str], Tensor], written: Callable[[int], None]
+    file: Path, entries: Sequence[Entry], blocks: Callable[[str], list[Tensor]], written: Callable[[int], None]
 ) -> None:
-    """One file; `read` gives each tensor when its turn comes."""
+    """One file; `blocks` gives each tensor, as runs of its rows, when its turn comes."""
     # As safetensors does: wider numbers first, so that all are aligned.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     with file.open("wb") as stream:
         stream.write(_header(entries))
         for entry in entries:
-            tensor = read(entry.name)
-            assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), entry.name
-            stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            start = stream.tell()
+            for block in blocks(entry.name):
+                assert block.dtype is entry.dtype, entry.name
+                stream.write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
+            assert stream.tell() - start == entry.nbytes, entry.name
             written(entry.nbytes)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalign.checkpoints.index import Index, index_of
-from megalign.checkpoints.reader import TorchDistReader, numel
+from megalign.checkpoints.reader import Part, TorchDistReader, numel
 from megalign.checkpoints.stored import Place
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import rules_of
@@ -52,22 +52,25 @@ class HfTensors:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor; a view of the checkpoint's file where that is what it is."""
+        blocks = self.blocks(name, dtype)
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+    def blocks(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The tensor as runs of its rows, in order: views of files where they can be, else one new tensor."""
         dtype, shape = self.dtype(name, dtype), self._shapes[name]
         parts = [
             (piece, part)
             for _, key, piece in self._parts[name]
             for part in self._of(self.index.places[key][0], piece.shard_index)
         ]
-        if len(parts) == 1:
-            piece, part = parts[0]
-            if part.view.shape == shape and part.view.dtype is dtype and not piece.transposed:
-                return part.view
+        if all(part.view.dtype is dtype for _, part in parts) and _are_runs_of_rows(parts, shape):
+            return [part.view for _, part in parts]
         whole = torch.empty(shape, dtype=dtype)
         for piece, part in parts:
             piece.turned(whole[piece.hf_index])[part.index].copy_(part.view)
-        return whole
+        return [whole]
 
-    def _of(self, place: Place, region: tuple[slice, ...]) -> list:
+    def _of(self, place: Place, region: tuple[slice, ...]) -> list[Part]:
         parts = list(self.reader.parts(place.name, place.index, region))
         wanted = numel(tuple(part.stop - part.start for part in region))
         found = sum(part.view.numel() for part in parts)
@@ -92,3 +95,16 @@ class HfTensors:
                         f"{self.reader.path} has {key.name} twice, as {found[0].name} and {other.name}, with other "
                         "numbers; remove one"
                     )
+
+
+def _are_runs_of_rows(parts: list[tuple[Piece, Part]], shape: tuple[int, ...]) -> bool:
+    """Whether the parts, one behind the other, are the tensor."""
+    row = 0
+    for piece, part in parts:
+        first = piece.hf_index[0]
+        if piece.transposed or len(piece.hf_index) != len(piece.shard_index) or first.step not in (None, 1):
+            return False
+        if first.start + part.index[0].start != row or tuple(part.view.shape[1:]) != shape[1:]:
+            return False
+        row += part.view.shape[0]
+    return row == shape[0]
