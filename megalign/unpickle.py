@@ -68,6 +68,16 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
+def refuse_classes_in_metadata(path: Path) -> None:
+    """Raises as `read_metadata` does for what it refuses; damage is for the reader that comes after to tell."""
+    try:
+        read_metadata(path)
+    except UserError:
+        raise
+    except _DAMAGED:
+        return
+
+
 def load_data(stream: IO[bytes], name: str, **options: Any) -> Any:
     """torch.load of tensors and plain values; a class is refused. `name` is what the error calls the stream."""
     try:
@@ -135,7 +145,7 @@ class _InertUnpickler(pickle.Unpickler):
         self._name = name
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "builtins" and name in _PLAIN:
+        if module in ("builtins", "__builtin__") and name in _PLAIN:  # the second is torch.save's
             return _PLAIN[name]
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict

@@ -17,7 +17,7 @@ from megalign.checkpoints.reader import COMMON_FILE
 from megalign.model.optimizer import adam_states
 from megalign.patches.megatron import megatron_calls
 from megalign.patches.unpickling import refusal_in
-from megalign.unpickle import load_data
+from megalign.unpickle import METADATA_FILE, load_data, refuse_classes_in_metadata
 
 
 def save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> None:
@@ -36,6 +36,8 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
     """Reads what `save` wrote into the live model and optimizer; collective."""
     if optimizer is not None:
         adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
+    # Not left to the patched readers alone: torch asks further files when one cannot be read, and hides why.
+    refuse_classes_in_metadata(Path(path) / METADATA_FILE)
     _refuse_classes_in_common_state(path)
     with megatron_calls():
         state = _load(_sharded_state(chunks, optimizer, is_loading=True), path)

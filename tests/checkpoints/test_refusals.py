@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,21 +160,6 @@ class Evil:
         return (exec, (f"open({str(self._mark)!r}, 'w')",))
 
 
-class Namespace:
-    """As Megatron-LM's argparse.Namespace and an enum of a package that is not here."""
-
-
-def with_data(archive: Path, pickled: bytes) -> None:
-    """Puts other pickled data into what torch.save wrote."""
-    entries = {}
-    with zipfile.ZipFile(archive) as file:
-        for name in file.namelist():
-            entries[name] = pickled if name.endswith("/data.pkl") else file.read(name)
-    with zipfile.ZipFile(archive, "w") as file:
-        for name, content in entries.items():
-            file.writestr(name, content)
-
-
 def poison_metadata(directory: Path, evil: Evil) -> None:
     (directory / ".metadata").write_bytes(pickle.dumps(evil))
 
@@ -229,7 +213,7 @@ def test_the_tools_load_no_class(place: str, converted: Converted, tmp_path: Pat
     bad = shutil.copytree(checkpoint, tmp_path / "bad")
     POISONS[place](bad, Evil(tmp_path / "it ran"))
     tool = summary_of if place == "common.pt" else lambda path: megatron_to_hf(path, tmp_path / "out", Path(model))
-    with pytest.raises(UserError, match=rf"{place}.*builtins\.exec.*it is not loaded"):
+    with pytest.raises(UserError, match=rf"{place}.*builtin(s|__)\.exec.*it is not loaded"):
         tool(bad)
     assert not (tmp_path / "it ran").exists() and not (tmp_path / "out").exists()
 

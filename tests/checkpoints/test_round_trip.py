@@ -23,7 +23,9 @@ def test_a_family_comes_back_bitwise(family: str, converted: Converted, tmp_path
     model, checkpoint = converted[family]
     megatron_to_hf(checkpoint, tmp_path / "back", max_shard_size="30KB")
     assert bits_of(tmp_path / "back") == bits_of(model)
-    assert read_config(tmp_path / "back") == read_config(model)
+    # The layers behind the last are in neither.
+    behind = {"num_nextn_predict_layers": 0} if family == "deepseek_v3" else {}
+    assert read_config(tmp_path / "back") == read_config(model) | behind
     AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
     files = {name: file for file in tmp_path.glob("back/*.safetensors") for name in load_file(file)}
