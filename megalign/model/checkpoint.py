@@ -18,10 +18,14 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megalign.checkpoints.reader import COMMON_FILE
 from megalign.forked import Result, die_with
 from megalign.model.optimizer import adam_states
 from megalign.patches.megatron import megatron_calls
+from megalign.patches.unpickling import refusal_in
+from megalign.unpickle import METADATA_FILE, load_data, refuse_classes_in_metadata
 
 _BLOCK = 1 << 24  # bytes
 _NICENESS = 10  # of a process that writes while training goes on
@@ -60,10 +64,13 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
     """Reads what `save` wrote, at this layout or another, into the live model and optimizer; collective."""
     if optimizer is not None:
         adam_states(optimizer)  # the optimizer describes its shards by its state, so there must be one
+    # Not left to the patched readers alone: torch asks further files when one cannot be read, and hides why.
+    refuse_classes_in_metadata(Path(path) / METADATA_FILE)
+    _refuse_classes_in_common_state(path)
     with megatron_calls():
         wanted = _sharded_state(chunks, optimizer, is_loading=True)
         _leave_out_absent_extras(wanted, path)
-        state = dist_checkpointing.load(wanted, path)
+        state = _load(wanted, path)
         for number, chunk in enumerate(chunks):
             missing, unexpected = _model_of(chunk).load_state_dict(state[_key(number)], strict=False)
             lost = [name for name in missing if not name.endswith(_EXTRA_STATE)]
@@ -133,6 +140,25 @@ def _leave_out_absent_extras(wanted: dict[str, Any], path: str) -> None:
     for part, name, key in extras:
         if key not in written:
             del part[name]
+
+
+def _load(state: dict[str, Any], path: str) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, path)
+    except CheckpointException as error:
+        refusal = refusal_in(error)
+        if refusal is None:
+            raise
+        raise refusal from error
+
+
+def _refuse_classes_in_common_state(path: str) -> None:
+    """Megatron leaves it to torch.load's default (strategies/common.py:89/48), which a variable of the environment
+    turns off."""
+    file = Path(path) / COMMON_FILE
+    if file.exists():  # 0.19 keeps it elsewhere
+        with file.open("rb") as stream:
+            load_data(stream, str(file))
 
 
 def _sharded_state(chunks: list[nn.Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from megalign.device import on_cuda
 from megalign.forked import Result
+from megalign.patches.unpickling import unpickle_data_only
 
 _installed = False
 
@@ -77,6 +78,7 @@ def install() -> None:
     _repair_optimizer_checkpoints()
     _number_parameters_of_two_dtypes()
     _save_without_helper_processes()
+    unpickle_data_only()
     _recompute_without_transformer_engine()
     _do_without_transformer_engine()
     if not on_cuda():

@@ -383,7 +383,10 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         run = {"position": self.run.position(), "leaf": self.loop_state()}
         loop = LoopState(trainer=self.state, run=run, replica=self.replica_state())
-        self.checkpoints.save(self.engines(), loop, self._settings())
+        tokenizer = self.processing_class if self.changes_tokenizer() else None
+        self.checkpoints.save(
+            self.engines(), loop, self._settings(), special_tokens=self.special_tokens, tokenizer=tokenizer
+        )
 
     def _resume(self, resume: str | bool | None) -> None:
         path = self.checkpoints.find(resume)

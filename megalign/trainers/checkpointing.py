@@ -11,7 +11,7 @@ import json
 import pickle
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,17 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
+from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
 from megalign.parallel.control import agree, gather_objects
 from megalign.parallel.groups import ParallelGroups
 from megalign.trainers import manifest
 from megalign.trainers.generators import rng_state, set_rng_state
+from megalign.unpickle import load_data
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from megalign.model.checkpoint import Saving
     from megalign.train_engine import TrainEngine
 
@@ -73,8 +77,19 @@ class Checkpoints:
         self._args, self._groups, self._say = args, groups, say
         self._pending: _Pending | None = None
 
-    def save(self, engines: Mapping[str, TrainEngine], loop: LoopState, settings: Mapping[str, Any]) -> None:
-        """Writes output_dir/checkpoint-{step}; with async_save it is whole once `progress` has seen its end."""
+    def save(
+        self,
+        engines: Mapping[str, TrainEngine],
+        loop: LoopState,
+        settings: Mapping[str, Any],
+        *,
+        special_tokens: Mapping[str, int],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Writes output_dir/checkpoint-{step}; with async_save it is whole once `progress` has seen its end.
+
+        The models' config files get the tokenizer's `special_tokens`, and `tokenizer` where it is not their own.
+        """
         self.progress(wait=True)
         step, world = loop.trainer.global_step, self._groups.world
         path = Path(self._args.output_dir) / f"checkpoint-{step}"
@@ -83,10 +98,12 @@ class Checkpoints:
             agree(lambda: self._begin(path), world)
             agree(lambda: self._write_loop(path, loop), world)
             if self._args.async_save:
-                savings = {name: _begun(engine, path / name) for name, engine in engines.items()}
+                savings = {name: _begun(engine, path / name, special_tokens) for name, engine in engines.items()}
+                agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
                 self._pending = _Pending(path=path, content=content, savings=savings)
             else:
-                sums = {name: _saved(engine, path / name) for name, engine in engines.items()}
+                sums = {name: _saved(engine, path / name, special_tokens) for name, engine in engines.items()}
+                agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
                 self._declare_whole(path, content, sums)
 
     def progress(self, *, wait: bool = False) -> None:
@@ -141,6 +158,11 @@ class Checkpoints:
             _dump(dict(loop.run), directory / "run.pt")
             loop.trainer.save_to_json(str(path / STATE))
 
+    def _write_tokenizer(self, path: Path, names: Iterable[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if tokenizer is not None and self._groups.world.rank == 0:
+            for name in names:
+                tokenizer.save_pretrained(path / name / HUGGING_FACE)
+
     def _declare_whole(self, path: Path, content: Mapping[str, Any], sums: Mapping[str, Mapping[str, str]]) -> None:
         """The manifest, from the checksums of the engines' files that each rank wrote; then rotation."""
         world = self._groups.world
@@ -190,19 +212,19 @@ def _dump(value: Any, file: Path) -> None:
     file.write_bytes(content.getbuffer())
 
 
-def _saved(engine: TrainEngine, path: Path) -> dict[str, str]:
+def _saved(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -> dict[str, str]:
     with engine.kept_as_it_was():
-        return engine.save(str(path))
+        return engine.save(str(path), special_tokens=special_tokens)
 
 
-def _begun(engine: TrainEngine, path: Path) -> Saving:
+def _begun(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -> Saving:
     with engine.kept_as_it_was():
-        return engine.begin_save(str(path))
+        return engine.begin_save(str(path), special_tokens=special_tokens)
 
 
 def _load(file: Path) -> Any:
-    with _reading(file, *_DAMAGED):
-        return torch.load(file, map_location="cpu", weights_only=True)
+    with _reading(file, *_DAMAGED), file.open("rb") as stream:
+        return load_data(stream, str(file), map_location="cpu")
 
 
 @contextmanager
