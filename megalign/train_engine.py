@@ -172,10 +172,16 @@ class TrainEngine:
         self._describe(path, special_tokens or {})
         return checksums
 
-    def begin_save(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> checkpoint.Saving:
+    def begin_save(
+        self, path: str, *, special_tokens: Mapping[str, int] | None = None, weights_only: bool = False
+    ) -> checkpoint.Saving:
         """The same in the background: the engine may train, sleep or end meanwhile; collective."""
-        self._weights()
-        saving = checkpoint.begin_save(path, self._chunks, self._optimizer)
+        models = self._weights()
+        saving = (
+            checkpoint.begin_save(path, list(models), None)
+            if weights_only
+            else checkpoint.begin_save(path, self._chunks, self._optimizer)
+        )
         self._describe(path, special_tokens or {})
         return saving
 

@@ -31,6 +31,7 @@ from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments
 from megalign.trainers.checkpointing import Checkpoints, LoopState
+from megalign.trainers.hf_export import HfExports
 from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
@@ -91,6 +92,7 @@ class Trainer:
         self.policy = self.make_policy()
         self.run = Run(args, self.groups, callbacks, model=self.policy, processing_class=self.processing_class)
         self.checkpoints = Checkpoints(args, self.groups, self.run.say)
+        self.hf_exports = HfExports(args, self.groups)
 
     @property
     def state(self) -> TrainerState:
@@ -207,6 +209,7 @@ class Trainer:
                 break
         output = self._finish(started, first_step)
         self.checkpoints.progress(wait=True)
+        self.hf_exports.progress(wait=True)
         self.save_model()
         self._remove_prepared_files()
         return output
@@ -273,6 +276,7 @@ class Trainer:
             self.run.window.add({"step_time": time.perf_counter() - started})
             self.run.count_step(self.plan)
             self.after_step()
+            self._export_hf()
             self.run.event("on_step_end")
             self._act()
             if self.run.control.should_epoch_stop or self.run.control.should_training_stop:
@@ -290,6 +294,7 @@ class Trainer:
     def _act(self) -> None:
         """Logs, evaluates and saves as the callbacks decided."""
         self.checkpoints.progress()
+        self.hf_exports.progress()
         # Each of the three fires events, in which the callbacks of one rank may decide anew: all ranks must know
         # before they enter the next collective work, and before the loop asks whether to go on.
         self.run.agree()
@@ -383,10 +388,17 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         run = {"position": self.run.position(), "leaf": self.loop_state()}
         loop = LoopState(trainer=self.state, run=run, replica=self.replica_state())
+        self.checkpoints.save(self.engines(), loop, self._settings(), **self._words())
+
+    def _export_hf(self) -> None:
+        step, every = self.state.global_step, self.args.save_hf_steps
+        if every is not None and step % every == 0:
+            self.hf_exports.begin(step, self.policy, **self._words())
+
+    def _words(self) -> dict[str, Any]:
+        """The tokenizer's part of a model's files; the tokenizer itself where the model directory's is another."""
         tokenizer = self.processing_class if self.changes_tokenizer() else None
-        self.checkpoints.save(
-            self.engines(), loop, self._settings(), special_tokens=self.special_tokens, tokenizer=tokenizer
-        )
+        return {"special_tokens": self.special_tokens, "tokenizer": tokenizer}
 
     def _resume(self, resume: str | bool | None) -> None:
         path = self.checkpoints.find(resume)
