@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,15 @@ def gather_rows(mine: Mapping[int, T], axis: Axis) -> list[T]:
         dist.all_gather_object(everyone, dict(mine), group=axis.group)
     found = {row: value for part in everyone for row, value in part.items()}
     return [found[row] for row in range(len(found))]
+
+
+def union_over(numbers: Iterable[int], axis: Axis) -> list[int]:
+    """What any rank of the axis names, each once, in order."""
+    everyone: list[Any] = [set(numbers)]
+    if axis.size > 1:
+        everyone = [None] * axis.size
+        dist.all_gather_object(everyone, set(numbers), group=axis.group)
+    return sorted(set().union(*everyone))
 
 
 def reduce_metrics(metrics: list[dict[str, Metric]], groups: ParallelGroups) -> dict[str, float]:
