@@ -18,14 +18,19 @@ SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"
 SRUN = r"""#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 jobs=()
+trap 'kill -USR1 "${jobs[@]}"' USR1
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
     SLURM_PROCID=$node SLURM_NODEID=$node "$@" & jobs+=($!)
 done
 status=0
-for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+for job in "${jobs[@]}"; do
+    while kill -0 "$job" 2>/dev/null; do wait "$job"; done
+    wait "$job" || status=$?
+done
 exit $status
 """
 SCONTROL = r"""#!/usr/bin/env bash
+[[ "$1" == requeue ]] && { echo "requeued $2"; exit; }
 [[ "$*" == "show hostnames node[01-02]" ]] || { echo "scontrol $*" >&2; exit 1; }
 printf '127.0.0.1\nelsewhere\n'
 """

@@ -53,7 +53,7 @@ def step(engine: TrainEngine, number: int, fault: str | None = None) -> Any:
     broken = batches[1].rows if world.rank == world.size - 1 else None
 
     def loss(columns: Any, batch: Any, counts: Any) -> Any:
-        return (FAULTS[fault] if fault and batch.rows == broken else sft_loss)(columns, batch, counts)
+        return (FAULTS.get(fault, sft_loss) if batch.rows == broken else sft_loss)(columns, batch, counts)
 
     if fault == "weight" and world.rank == 0:  # no loss and no logprob knows of it
         bad = next(engine._models[0].parameters()).register_hook(lambda gradient: gradient * math.nan)
