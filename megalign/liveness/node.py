@@ -44,18 +44,20 @@ class Node:
 
     def dead(self) -> list[Peer]:
         """The peers that left without a word."""
-        found = []
-        for file in self._directory.glob("[0-9]*"):
-            if file.suffix or file == self._mine:
-                continue
-            peer, written = _read(file)
-            if peer is None:
-                continue
-            if started(peer.process) == peer.started:
-                self._alive[peer.rank] = peer
-            elif (self._alive.get(peer.rank) == peer or written >= self._began) and file.exists():
-                found.append(peer)
-        return found
+        names = [name for name in os.listdir(self._directory) if name.isdigit() and name != self._mine.name]
+        return [peer for name in names if (peer := self._dead(self._directory / name)) is not None]
+
+    def _dead(self, file: Path) -> Peer | None:
+        peer, began = self._alive.get(int(file.name)), 0
+        if peer is None:
+            peer, began = _read(file)
+        if peer is None:  # it has just left
+            return None
+        if started(peer.process) == peer.started:
+            self._alive[peer.rank] = peer
+            return None
+        known = peer.rank in self._alive or began >= self._began
+        return peer if known and file.exists() else None
 
     def announce(self, reason: Reason) -> bool:
         """Tells the node's ranks to leave; whether this rank is the first to say so."""
@@ -114,5 +116,5 @@ def _read(file: Path) -> tuple[Peer | None, int]:
     try:
         process, begun = file.read_text().split()
         return Peer(int(file.name), int(process), begun), file.stat().st_mtime_ns
-    except FileNotFoundError:  # it has just left
+    except FileNotFoundError:
         return None, 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megalign.batch import Batch, Metric
@@ -37,11 +38,13 @@ class Finiteness:
             value, metrics = loss(columns, batch)
             sound = value.detach().isfinite()
             self._seen.append((batch, sound))
-            for column in columns.values():
-                if column.requires_grad:
-                    column.register_hook(partial(_note, sound))
-            # The value of an infinite loss may have a finite gradient (of a clamp, say); the factor is 1 otherwise.
-            return value * (1 + 0 * value.detach()), metrics
+            for tensor in columns.values():
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(_note, sound))
+            if value.requires_grad:
+                # An infinite loss may have a finite gradient (of a clamp, say). The factor is 1 otherwise.
+                value.register_hook(partial(torch.mul, 1 + 0 * value.detach()))
+            return value, metrics
 
         return checked
 

@@ -37,10 +37,12 @@ class Skips:
 
     def error(self, checkpoint: str) -> UserError:
         """What ends the run then; `checkpoint` holds its state."""
+        most = max(self._in_a_row.values())
+        which = "a step was" if most == 1 else f"{most} steps in a row were"
         return UserError(
-            f"{max(self._in_a_row.values())} steps in a row were skipped, since loss or gradient was not finite (the "
-            f"last: {self._last}), and max_skipped_steps is {self._limit}; the state is in {checkpoint}; find what "
-            "overflows in those rows or their rewards, lower learning_rate, or raise max_skipped_steps"
+            f"{which} skipped, since loss or gradient was not finite ({self._last}), and max_skipped_steps is "
+            f"{self._limit}; the state is in {checkpoint}; find what overflows in those rows or their rewards, lower "
+            "learning_rate, or raise max_skipped_steps"
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(
 # ---- stops
 
 
-def words(output_dir: str, *more: object) -> list[object]:
+def words(output_dir: str, *more: object, **changes: object) -> list[object]:
     fields = {
         "model_name_or_path": "model",
         "dataset_name": "rows.jsonl",
@@ -58,6 +60,7 @@ def words(output_dir: str, *more: object) -> list[object]:
         "save_steps": 100,
         "disable_tqdm": True,
         "resume_from_checkpoint": "latest",
+        **changes,
     }
     return ["sft", *(word for name, value in fields.items() for word in (f"--{name}", value)), *more]
 
@@ -130,10 +133,9 @@ def test_a_request_to_stop_saves_the_step_on_all_ranks_and_the_next_start_goes_o
     with in_step(3, output_dir.name, here) as job:
         REQUESTS[cause](job, output_dir)
         assert job.wait(60) == [0, 0], job.stderr
+        assert error_lines(job.stderr) == []
         assert f"megalign: stopped after step 4, as {cause} asked: checkpoint-4 is written" in job.stdout
-    assert error_lines(job_text := job.stderr) == [], job_text
-    assert sorted(path.name for path in output_dir.glob("checkpoint-*/manifest.json")) == ["manifest.json"]
-    assert (output_dir / "checkpoint-4").is_dir()
+    assert [path.parent.name for path in output_dir.glob("checkpoint-*/manifest.json")] == ["checkpoint-4"]
     assert metric_lines(output_dir)[-1].items() >= {"step": 4, "stopped": cause}.items()
     assert not (output_dir / "config.json").exists() and not (output_dir / "STOP").exists()
     with forked_job(words(output_dir.name, *TP2), here) as job:
@@ -163,11 +165,12 @@ def sleeps() -> None:
 
 
 def test_a_rank_that_stands_still_ends_the_job_with_every_ranks_stack(here: Path) -> None:
-    with forked_job(words("hangs", *TP2, "--ddp_timeout", 3), here, first=sleeps) as job:
+    with forked_job(words("hangs", *TP2, ddp_timeout=3), here, first=sleeps) as job:
         assert job.wait(60) == [1, 1], job.stderr
         (line,) = error_lines(job.stderr)
     assert "has stood still for 3 s (ddp_timeout) at " in line and "hangs/stacks" in line
-    stacks = [(here / "hangs" / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
+    files = [here / "hangs" / "stacks" / f"rank_{rank:05d}.txt" for rank in (0, 1)]
+    stacks = [file.read_text().partition("\n")[2] for file in files]  # behind the reason
     assert "in sleep_for_ever" in stacks[1] and "sleep_for_ever" not in stacks[0]
     assert "in any_rank" in stacks[0]  # where it waits for the other
 
@@ -191,14 +194,28 @@ def poisoned(step: int | None = None) -> None:
     sft.sft_loss = loss
 
 
+def test_rows_and_learning_rate_go_on_over_a_skipped_step(here: Path) -> None:
+    with forked_job(words("skips one", logging_steps=1), here, first=partial(poisoned, 2)) as job:
+        assert job.wait(60) == [0, 0], job.stderr
+    lines = metric_lines(here / "skips one")
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2 * (1 - n / 8) for n in range(8)])
+    assert [line.get("skipped_steps") for line in lines] == [None, *[1] * 7]
+    assert [line["step"] for line in lines if not math.isfinite(line["loss"])] == [2]
+    tokens = [line["num_tokens"] for line in lines]
+    assert tokens == sorted(set(tokens))
+
+
 def test_too_many_skipped_steps_save_and_end_the_job(here: Path) -> None:
-    given = ["--max_skipped_steps", 2, "--logging_steps", 1]
-    with forked_job([*words("skips")[:-4], *given], here, first=poisoned) as job:
+    fields = {"max_skipped_steps": 2, "logging_steps": 1, "shuffle_dataset": False}
+    with forked_job(words("skips", **fields), here, first=poisoned) as job:
         assert job.wait(60) == [2, 2], job.stderr
         stderr = job.stderr
     (line,) = error_lines(stderr)
     assert "3 steps in a row were skipped" in line and "max_skipped_steps is 2" in line and "checkpoint-4" in line
-    assert "step 2 is skipped, no weight has changed: loss inf, gradient norm nan, not finite in micro" in stderr
+    (told,) = [line for line in stderr.splitlines() if "step 2 is skipped" in line]
+    rows = "12, 13, 14, 15"  # the second step's of the second rank
+    assert told.startswith("megalign: step 2 is skipped, no weight has changed: loss inf, gradient norm ")
+    assert told.endswith(f", not finite in microbatches of dataset rows {rows}"), told
     assert json.loads((here / "skips" / "checkpoint-4" / "manifest.json").read_text())["step"] == 4
     lines = metric_lines(here / "skips")
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, 3]
