@@ -21,8 +21,7 @@ EXIT_USER_ERROR = 2
 
 def report_error(message: str) -> None:
     """Prints `megalign: error: message` on one line, once in the whole job, whichever ranks meet the error."""
-    # A rank that leaves first makes torchrun end this one, perhaps between its claim and its line.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _outlast_launcher()
     if _claim_error():
         line = " ".join(message.split())
         # Once the job runs, the cursor may stand behind a progress bar, of this rank or of another.
@@ -30,6 +29,11 @@ def report_error(message: str) -> None:
         print(f"{start}megalign: error: {line}", file=sys.stderr, flush=True)
         # Only whoever has spoken ends the others: one that has the word may not have used it yet.
         liveness.end_job(EXIT_USER_ERROR)
+
+
+def _outlast_launcher() -> None:
+    """A rank that leaves first makes torchrun end this one, perhaps between its claim and its line."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @functools.cache  # each trainer of a script asks for it, and hooks nest
@@ -59,6 +63,7 @@ def let_a_death_be_told(error: BaseException) -> None:
     cause = error.__cause__ or error.__context__
     # torch.distributed.checkpoint's errors are RuntimeErrors of other ranks in a wrapper that is no Exception.
     if cause is not None and (isinstance(cause, RuntimeError) or not isinstance(cause, Exception)):
+        _outlast_launcher()
         liveness.await_verdict()
 
 
@@ -75,6 +80,7 @@ def is_echo(error: BaseException) -> bool:
     then this does not return."""
     if not isinstance(error, RuntimeError):
         return False
+    _outlast_launcher()
     liveness.await_verdict()
     return another_rank_reported()
 

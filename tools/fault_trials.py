@@ -123,6 +123,7 @@ class Started:
 
     def __init__(self, processes: list[subprocess.Popen[bytes]], place: Path) -> None:
         self._processes, self._place = processes, place
+        self.launcher = processes[0].pid  # under torchrun
 
     def process(self, rank: int) -> int | None:
         """Of the rank, not of its launcher."""
@@ -154,7 +155,7 @@ class Started:
 
 
 @contextlib.contextmanager
-def _started(commands: Sequence[Sequence[str]], cwd: Path, environs: Sequence[dict[str, str]]) -> Iterator[Job]:
+def _started(commands: Sequence[Sequence[str]], cwd: Path, environs: Sequence[dict[str, str]]) -> Iterator[Started]:
     with tempfile.TemporaryDirectory() as place, (Path(place) / "stderr").open("ab") as stderr:
         job = Started(
             [
@@ -179,7 +180,7 @@ def plain(words: Sequence[object], cwd: Path, ranks: int) -> contextlib.Abstract
     return _started([command] * ranks, cwd, environs)
 
 
-def torchrun(words: Sequence[object], cwd: Path, ranks: int) -> contextlib.AbstractContextManager[Job]:
+def torchrun(words: Sequence[object], cwd: Path, ranks: int) -> contextlib.AbstractContextManager[Started]:
     """One agent."""
     meeting = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "megalign", *map(str, words)]

@@ -28,24 +28,30 @@ class Peer(NamedTuple):
 class Node:
     """This rank's file, and a look at the others'."""
 
-    def __init__(self, rank: int, *, job: str) -> None:
+    def __init__(self, rank: int, world: int, *, job: str) -> None:
         """`job` tells one job of a launcher (a shell, say) from the next."""
         self._directory = _directory_of(os.getppid(), job)
         self._directory.mkdir(exist_ok=True)
-        self._mine = self._directory / str(rank)
-        if self._mine.exists():  # an earlier job's of the same name, as is the reason for its end
+        self._world, self._mine = world, self._directory / str(rank)
+        self._left = self._mine.with_suffix(".left")
+        if self._mine.exists() or self._left.exists():  # an earlier job's of the same name, as is what ended it
             (self._directory / _REASON).unlink(missing_ok=True)
+            self._left.unlink(missing_ok=True)
         unfinished = self._directory / f"{rank}.new"
         unfinished.write_text(f"{os.getpid()} {started(os.getpid())}")
         unfinished.rename(self._mine)
         self._began = self._mine.stat().st_mtime_ns
         # Seen with this rank's own eyes: files of an earlier job tell of processes that are long gone.
         self._alive: dict[int, Peer] = {}
+        self._sees = started(os.getpid()) is not None  # not every system has /proc
 
     def dead(self) -> list[Peer]:
         """The peers that left without a word."""
-        names = [name for name in os.listdir(self._directory) if name.isdigit() and name != self._mine.name]
-        return [peer for name in names if (peer := self._dead(self._directory / name)) is not None]
+        try:
+            names = [name for name in os.listdir(self._directory) if name.isdigit() and name != self._mine.name]
+        except FileNotFoundError:  # this process leaves, as the last one, while its watch still looks
+            return []
+        return [peer for name in names if self._sees and (peer := self._dead(self._directory / name)) is not None]
 
     def _dead(self, file: Path) -> Peer | None:
         peer, began = self._alive.get(int(file.name)), 0
@@ -79,10 +85,17 @@ class Node:
             return None
 
     def leave(self) -> None:
-        """This rank's end is no death; the last of the node clears up."""
-        self._mine.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others are still there, or a reason that they have not read yet
-            self._directory.rmdir()
+        """This rank's end is no death; the last one clears up, unless a rank that has not come yet must be told why."""
+        with contextlib.suppress(FileNotFoundError):  # cleared up by another that was the last as well
+            self._mine.rename(self._left)
+            files = [file for file in self._directory.iterdir() if file.stem.isdigit() and file.suffix in ("", ".left")]
+            alive = [file for file in files if not file.suffix and self._is_alive(file)]
+            if not alive and (len(files) == self._world or not (self._directory / _REASON).exists()):
+                shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _is_alive(self, file: Path) -> bool:
+        peer, _ = _read(file)
+        return peer is not None and self._sees and started(peer.process) == peer.started
 
 
 def started(process: int | str) -> str | None:
@@ -96,12 +109,20 @@ def started(process: int | str) -> str | None:
 
 
 def _directory_of(launcher: int, job: str) -> Path:
-    stem = f"megalign-{os.getuid()}-"
+    stem = f"megalign-{os.getuid()}-{_namespace()}-"
     place = Path(tempfile.gettempdir())
     begun = started(launcher)
     if begun is not None:
         _remove_left_behind(place, stem)
     return place / f"{stem}{launcher}-{begun or 0}-{job}.ranks"
+
+
+def _namespace() -> int:
+    """Where numbers of processes mean the same: containers of one machine may share a directory for temporary files."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def _remove_left_behind(place: Path, stem: str) -> None:

@@ -27,6 +27,8 @@ class Star:
         """`number` tells one star of a store from the next."""
         self.rank, self._key = rank, f"megalign/liveness/{number}"
         self._selector = selectors.DefaultSelector()
+        self._bell, self._rope = socket.socketpair()
+        self._selector.register(self._bell, selectors.EVENT_READ)
         self._names: dict[socket.socket, int | None] = {}  # whose it is, once it has said so
         self._unread: dict[socket.socket, str | None] = {}
         self._listener: socket.socket | None = None
@@ -57,6 +59,9 @@ class Star:
         died: list[int] = []
         reason = None
         for key, _ in self._selector.select(seconds):
+            if key.fileobj is self._bell:
+                self._bell.recv(1)
+                continue
             if key.fileobj is self._listener:
                 with contextlib.suppress(BlockingIOError):  # whoever it was has hung up
                     self._take(self._listener.accept()[0], None)
@@ -75,6 +80,10 @@ class Star:
                 self._close(key.fileobj)
                 died += [] if name is None else [name]
         return died, reason
+
+    def wake(self) -> None:
+        """Ends a `poll` of another thread; `poll` and `leave` belong to one."""
+        self._rope.send(b".")
 
     def say(self, reason: Reason) -> None:
         """All who are connected shall leave."""
@@ -128,7 +137,7 @@ class Star:
         connection.close()
 
     def _drop(self) -> None:
-        for connection in self._names:
+        for connection in (*self._names, self._bell, self._rope):
             connection.close()
         if self._listener is not None:
             self._listener.close()

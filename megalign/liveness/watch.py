@@ -33,9 +33,9 @@ class Watch:
     def __init__(self, rank: int, world: int) -> None:
         # torchrun starts the ranks anew under the same launcher, perhaps at the same port.
         job = f"{os.environ.get('MASTER_PORT', '0')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self.rank, self.world = rank, world
+        self.rank = rank
         self._process = os.getpid()
-        self._node = Node(rank, job=job)
+        self._node = Node(rank, world, job=job)
         self._star: Star | None = None
         self._pace: Pace | None = None
         self._stacks: Path | None = None
@@ -45,7 +45,8 @@ class Watch:
             faulthandler.enable(file=2)  # NCCL's own watchdog aborts the process
         atexit.register(self.leave)
         self._hook_uncaught()
-        threading.Thread(target=self._run, name="megalign-liveness", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="megalign-liveness", daemon=True)
+        self._thread.start()
 
     def join(self, store: Any, number: int) -> None:
         """Connects the ranks of all nodes, once they have torch.distributed's store."""
@@ -84,8 +85,8 @@ class Watch:
             return
         self._over.set()
         if self._star is not None:
-            self._star.leave()
-        self._node.leave()
+            self._star.wake()
+        self._thread.join(5.0)
 
     def await_verdict(self, seconds: float) -> None:
         """Gives the watch time, once, to see who died; it ends this process then."""
@@ -98,6 +99,9 @@ class Watch:
             reason = self._news()
             if reason is not None and not self._over.is_set():
                 self._end(reason)
+        if self._star is not None:
+            self._star.leave()
+        self._node.leave()
 
     def _news(self) -> Reason | None:
         died, reason = [], None
@@ -136,6 +140,7 @@ class Watch:
         flushing = threading.Thread(target=_flush, daemon=True)
         flushing.start()
         flushing.join(1.0)
+        self._node.leave()
         os._exit(reason.status)
 
     def _hook_uncaught(self) -> None:

@@ -219,3 +219,28 @@ def test_too_many_skipped_steps_save_and_end_the_job(here: Path) -> None:
     assert json.loads((here / "skips" / "checkpoint-4" / "manifest.json").read_text())["step"] == 4
     lines = metric_lines(here / "skips")
     assert [line.get("skipped_steps") for line in lines] == [None, 1, 2, 3]
+
+
+# ---- under torchrun
+
+
+@contextlib.contextmanager
+def under_torchrun(output_dir: Path, here: Path) -> Iterator[fault_trials.Started]:
+    with fault_trials.torchrun(words(output_dir.name, *TP2, max_steps=100_000), here, 2) as job:
+        end = time.monotonic() + 200
+        while not (output_dir / "metrics.jsonl").exists():
+            assert time.monotonic() < end and job.wait(0) == [None], job.stderr
+            time.sleep(0.05)
+        yield job
+
+
+def test_torchruns_sigterm_is_a_request_to_stop(here: Path) -> None:
+    output_dir = here / "torchrun"
+    with under_torchrun(output_dir, here) as job:
+        os.kill(job.launcher, signal.SIGTERM)
+        assert job.wait(60) == [1], job.stderr
+        assert error_lines(job.stderr) == []
+    *_, last = metric_lines(output_dir)
+    assert last["stopped"] == "SIGTERM"
+    (manifest,) = output_dir.glob("checkpoint-*/manifest.json")
+    assert json.loads(manifest.read_text())["step"] == last["step"]
