@@ -83,7 +83,8 @@ class Star:
 
     def wake(self) -> None:
         """Ends a `poll` of another thread; `poll` and `leave` belong to one."""
-        self._rope.send(b".")
+        with contextlib.suppress(OSError):  # the other thread has left already
+            self._rope.send(b".")
 
     def say(self, reason: Reason) -> None:
         """All who are connected shall leave."""
