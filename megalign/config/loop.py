@@ -100,6 +100,10 @@ class LoopConfig(ComputeConfig):
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, minimum=0)
     """Gradients are clipped to this global norm; 0 does not clip."""
+    max_skipped_steps: int = option(5, minimum=0)
+    """A step whose loss or gradient is not finite on any rank is skipped on all: no weight and no optimizer state
+    changes, learning rate and rows go on, and the log counts it (skipped_steps) and names its dataset rows. After more
+    than this many in a row the run saves a checkpoint and ends with an error; 0 allows none. TRL goes on with NaN."""
     seed: int = option(42, minimum=0)
     """Seed of initialisation, data order and sampling."""
     data_seed: int | None = option(None, minimum=0)
@@ -147,7 +151,8 @@ class LoopConfig(ComputeConfig):
     resume_from_checkpoint: str | None = None
     """Checkpoint directory to go on from, or latest (in output_dir; starts afresh when there is none)."""
     ddp_timeout: int = option(1800, minimum=1)
-    """Seconds that a rank waits for the others in a collective before the job fails."""
+    """Seconds that a rank may wait for the others in a collective, or stand still otherwise, while it trains; then the
+    job ends, and every rank's stack is in output_dir/stacks/."""
 
     def __post_init__(self) -> None:
         if self.report_to is None or self.report_to in ("none", ["none"]):

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from megalign import failure
+from megalign import failure, liveness
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
@@ -40,6 +40,7 @@ from megalign.trainers.schedule import LearningRate, plan_steps
 MODEL_FIELDS = ("params_dtype_name", "use_distributed_optimizer")
 ROWS_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks"
 DATA_FIELDS = ("seed", "data_order_seed", "shuffle_dataset")
+TIMEOUT_SLACK = 30  # seconds after ddp_timeout until a collective gives up by itself
 SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -73,7 +74,8 @@ class Trainer:
                 f"{type(self).__name__}(args=...) is a {type(args).__name__}; give a {self.config_class.__name__}"
             )
         self.args = args
-        self.groups = initialize(args, timeout_s=args.ddp_timeout)
+        # The watch comes first, and has every rank's stack.
+        self.groups = initialize(args, timeout_s=args.ddp_timeout + TIMEOUT_SLACK)
         args.validate(self.groups.world.size)
         arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
@@ -190,6 +192,10 @@ class Trainer:
         self.run.note(self.policy.made_of)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        with self.run.stopping.listening(), liveness.limited(self.args.ddp_timeout, self.args.output_dir):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         self._resume(resume_from_checkpoint)
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
@@ -210,6 +216,9 @@ class Trainer:
         output = self._finish(started, first_step)
         self.checkpoints.progress(wait=True)
         self.hf_exports.progress(wait=True)
+        if self.run.stopping.cause is not None:
+            self.run.tell_stop()
+            return output
         self.save_model()
         self._remove_prepared_files()
         return output
@@ -255,9 +264,7 @@ class Trainer:
         counts = counts or self.counts(batches)
         result = self.policy.train_step(batches, self.loss, learning_rate=rate, counts=counts)
         self.run.event("on_optimizer_step")
-        self.run.window.add({"loss": result.loss, **result.metrics})
-        self.run.window.set(grad_norm=result.grad_norm, learning_rate=rate)
-        self.run.loss_total += result.loss
+        self.run.count_result(result, rate)
         return result
 
     def counts(self, batches: list[Batch]) -> Counts:
@@ -278,11 +285,13 @@ class Trainer:
             self.after_step()
             self._export_hf()
             self.run.event("on_step_end")
-            self._act()
+            self._act(listening=True)
+            self._end_if_skipping()
             if self.run.control.should_epoch_stop or self.run.control.should_training_stop:
                 break
         updates.close()
-        self._end_epoch()
+        if self.run.stopping.cause is None:  # otherwise whoever resumes ends the epoch, if it is over
+            self._end_epoch()
 
     def _end_epoch(self) -> None:
         # An epoch that max_steps or a callback cuts short is not over: a longer run goes on in the middle of it.
@@ -291,23 +300,36 @@ class Trainer:
         self.run.event("on_epoch_end")
         self._act()
 
-    def _act(self) -> None:
-        """Logs, evaluates and saves as the callbacks decided."""
+    def _end_if_skipping(self) -> None:
+        if not self.run.skips.too_many:
+            return
+        if self.run.stopping.cause is None:  # else the state is saved already
+            self._save_checkpoint()
+        self.checkpoints.progress(wait=True)
+        raise self.run.skips.error(f"checkpoint-{self.state.global_step}")
+
+    def _act(self, *, listening: bool = False) -> None:
+        """Logs, evaluates and saves as the callbacks decided, or as a stop needs it."""
         self.checkpoints.progress()
         self.hf_exports.progress()
         # Each of the three fires events, in which the callbacks of one rank may decide anew: all ranks must know
         # before they enter the next collective work, and before the loop asks whether to go on.
-        self.run.agree()
+        self.run.agree(listening=listening)
         if self.run.log_training():
             self.after_log()
         self.run.agree()
+        if self.run.stopping.cause is not None:  # an evaluation may outlast the patience of whoever asked
+            self._save_if_due()
         if self.run.control.should_evaluate:
             self.evaluate()
         self.run.agree()
+        self._save_if_due()
+        self.run.agree()
+
+    def _save_if_due(self) -> None:
         if self.run.control.should_save:
             self._save_checkpoint()
             self.run.event("on_save")
-        self.run.agree()
 
     def _evaluate(self, rows: Dataset | None, prefix: str) -> dict[str, float | None]:
         if rows is None or len(rows) == 0:

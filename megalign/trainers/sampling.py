@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 
 from megalign.batch import Completion
 from megalign.parallel.groups import ParallelGroups
@@ -16,6 +17,8 @@ from megalign.rollout.rewards import RewardResult
 from megalign.train_engine import TrainEngine
 from megalign.trainers.rewarding import Rewarding
 from megalign.trainers.run import Run
+
+ROW_NUMBER = "megalign/row"  # key of a prompt's row number in the dataset, beside the row's own columns
 
 
 class Sampled(NamedTuple):
@@ -84,7 +87,8 @@ class Sampling:
             completions = self._rollout.generate(ids, self._generation, seeds, self._run.state.global_step)
             completions = redistribute(completions, self._rollout, self._groups)
         for completion, row in zip(completions, rows, strict=True):
-            completion.row = {name: value for name, value in row.items() if name != "prompt_ids"}
+            completion.row = {name: value for name, value in row.items() if name not in ("prompt_ids", ROW_NUMBER)}
+            completion.row_number = row.get(ROW_NUMBER)
         return completions
 
     def _score(self, completions: list[Completion], num_generations: int, place: Place) -> RewardResult:
@@ -98,6 +102,11 @@ class Sampling:
 
     def _timed(self, name: str, place: Place) -> Any:
         return self._run.timed(name, noted=place.stream == "train")
+
+
+def numbered_row(rows: Dataset, number: int) -> dict[str, Any]:
+    """A row to sample for, which knows where in the dataset it stands."""
+    return {**rows[number], ROW_NUMBER: number}
 
 
 def completion_seeds(seed: int, place: Place, count: int) -> list[int]:
