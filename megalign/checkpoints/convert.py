@@ -88,7 +88,11 @@ def megatron_to_hf(
         for number in mine:
             with target.told():
                 write_shard(
-                    target.shard_file(number), shards[number], lambda n: tensors.blocks(n, dtype), meter.written
+                    target.shard_file(number),
+                    shards[number],
+                    lambda name: tensors.blocks(name, dtype),
+                    meter.written,
+                    tensors.reader.run_of,
                 )
     job.barrier()
     if job.rank == 0:
