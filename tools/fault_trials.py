@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -210,8 +211,8 @@ def undisturbed(layout: str, here: Path) -> tuple[dict[int, float], str]:
     return losses(output_dir), digest(output_dir)
 
 
-def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, draw: random.Random) -> Trial:
-    """Starts, kills, waits, starts again."""
+def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, draw: random.Random) -> Trial | None:
+    """Starts, kills, waits, starts again; None where the rank had left before it could be killed."""
     expected = undisturbed(layout, here)
     output_dir = here / "disturbed"
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -220,7 +221,10 @@ def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, d
     with LAUNCHERS[launcher](words, here, ranks) as job:
         _await_moment(job, output_dir, victim, phase, draw)
         moment = _moment(output_dir)
-        os.kill(job.process(victim), signal.SIGKILL)
+        process = job.process(victim)
+        if process is None:
+            return None
+        os.kill(process, signal.SIGKILL)
         killed = time.monotonic()
         statuses = job.wait(LIMIT + 15)
         gone = time.monotonic() - killed if None not in statuses else float("inf")
@@ -298,11 +302,17 @@ def run_trials(number: int, launchers: Sequence[str], seed: int, here: Path) -> 
     """Trials at random layouts, ranks and moments, the launchers in turn."""
     save_model(here / "model")
     write_rows(here / "rows.jsonl", sums(40))
-    for trial in range(number):
-        draw = random.Random(f"{seed} {trial}")
+    done = 0
+    for attempt in itertools.count():
+        if done == number:
+            return
+        draw = random.Random(f"{seed} {attempt}")
         layout = draw.choice(list(LAYOUTS))
         victim = draw.randrange(LAYOUTS[layout][0])
-        yield run_trial(launchers[trial % len(launchers)], layout, victim, draw.choice(PHASES), here, draw)
+        trial = run_trial(launchers[done % len(launchers)], layout, victim, draw.choice(PHASES), here, draw)
+        if trial is not None:
+            done += 1
+            yield trial
 
 
 def main() -> None:
