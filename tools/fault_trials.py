@@ -33,6 +33,7 @@ from typing import Any, Protocol
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tiny model and the ways to start a job are the tests'
 
+from megalign.liveness.node import started  # noqa: E402
 from tests.jobs.forked import forked_job  # noqa: E402
 from tests.jobs.inputs import save_model, sums, write_rows  # noqa: E402
 from tests.jobs.start import environment, free_port  # noqa: E402
@@ -62,6 +63,10 @@ class Job(Protocol):
     @property
     def stderr(self) -> str:
         """Of all ranks and their launcher."""
+
+
+class TooLateError(Exception):
+    """The run was over when it should have been disturbed."""
 
 
 Start = Callable[[Sequence[object], Path, int], contextlib.AbstractContextManager[Job]]
@@ -216,10 +221,14 @@ def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, d
     words = words_of(layout, output_dir)
     with LAUNCHERS[launcher](words, here, ranks) as job:
         _await_moment(job, output_dir, victim, phase, draw)
-        moment = _moment(output_dir)
-        os.kill(job.process(victim), signal.SIGKILL)
+        moment, process = _moment(output_dir), job.process(victim)
+        if process is None or started(process) is None:
+            raise TooLateError
+        os.kill(process, signal.SIGKILL)
         killed = time.monotonic()
         statuses = job.wait(LIMIT + 15)
+        if not {*statuses} - {0, -signal.SIGKILL}:
+            raise TooLateError  # the others were at their own ends, and had nobody to wait for
         gone = time.monotonic() - killed if None not in statuses else float("inf")
         stderr = job.stderr
     taken = _steps_taken(output_dir)
@@ -251,6 +260,8 @@ def _await_moment(job: Job, output_dir: Path, victim: int, phase: str, draw: ran
     reached = _conditions(job, output_dir, victim, draw.randint(1, STEPS - 1))[phase]
     end = time.monotonic() + 600
     while not reached():
+        if set(job.wait(0)) == {0}:
+            raise TooLateError
         assert time.monotonic() < end and None in job.wait(0), f"{phase} was never reached\n{job.stderr}"
         time.sleep(0.001)
     time.sleep(draw.uniform(0, {"start": 3.0, "step": 0.2, "save": 0.01, "end": 0.05}[phase]))
@@ -299,7 +310,10 @@ def run_trials(number: int, launchers: Sequence[str], seed: int, here: Path) -> 
         draw = random.Random(f"{seed} {trial}")
         layout = draw.choice(list(LAYOUTS))
         victim = draw.randrange(LAYOUTS[layout][0])
-        yield run_trial(launchers[trial % len(launchers)], layout, victim, draw.choice(PHASES), here, draw)
+        while True:
+            with contextlib.suppress(TooLateError):
+                yield run_trial(launchers[trial % len(launchers)], layout, victim, draw.choice(PHASES), here, draw)
+                break
 
 
 def main() -> None:
