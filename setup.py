@@ -25,6 +25,7 @@ setup(
         "datasets>=4.7",
         "pyarrow",
         "safetensors",
+        "xxhash",
         "sentencepiece",
         "jinja2",
         "pyyaml",

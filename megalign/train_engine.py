@@ -6,16 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from megalign import device
 from megalign.batch import Batch, Counts, Metric, Slice
+from megalign.checkpoints.find import HUGGING_FACE
 from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, exported_config, is_classifier
+from megalign.conversion.hf_config import write_companions
 from megalign.errors import UserError
 from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
@@ -26,6 +29,7 @@ from megalign.model.heads import language_model_columns, score_columns
 from megalign.model.layer_spec import not_in_transformer_engine
 from megalign.model.offload import Offload
 from megalign.parallel import pipeline
+from megalign.parallel.control import agree
 from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
 from megalign.resharding import export, load
@@ -156,22 +160,53 @@ class TrainEngine:
     def export(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> None:
         """Writes a Hugging Face directory; collective. `special_tokens` are the tokenizer's (`eos_token_id`, ...)."""
         tokens = special_tokens or {}
-        pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
-        changes = exported_config(hf_files.read_config(self.hf_path), self.architecture, pad)
         export.save_hf(
             path,
             self.hf_path,
             self._weights(),
             self.groups,
             self.architecture,
-            config_changes=changes,
+            config_changes=self._config_changes(tokens),
             special_tokens=tokens,
         )
 
-    def save(self, path: str) -> None:
-        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective."""
+    def save(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> dict[str, str]:
+        """Writes the training checkpoint (weights and, unless frozen, the optimizer); collective.
+
+        Its hugging_face/ says what the model is, so that tools/megatron_to_hf.py needs no other directory. Returns the
+        checksums of Megatron's files that this rank wrote.
+        """
         self._weights()
-        checkpoint.save(path, self._chunks, self._optimizer)
+        checksums = checkpoint.save(path, self._chunks, self._optimizer)
+        self._describe(path, special_tokens or {})
+        return checksums
+
+    def begin_save(
+        self, path: str, *, special_tokens: Mapping[str, int] | None = None, weights_only: bool = False
+    ) -> checkpoint.Saving:
+        """The same in the background: the engine may train, sleep or end meanwhile; collective."""
+        models = self._weights()
+        saving = (
+            checkpoint.begin_save(path, list(models), None)
+            if weights_only
+            else checkpoint.begin_save(path, self._chunks, self._optimizer)
+        )
+        self._describe(path, special_tokens or {})
+        return saving
+
+    def _describe(self, path: str, tokens: Mapping[str, int]) -> None:
+        def write() -> None:
+            if self.groups.world.rank == 0:
+                beside = Path(path) / HUGGING_FACE
+                beside.mkdir(exist_ok=True)
+                changes = self._config_changes(tokens)
+                write_companions(Path(self.hf_path), beside, config_changes=changes, special_tokens=tokens)
+
+        agree(write, self.groups.world)
+
+    def _config_changes(self, tokens: Mapping[str, int]) -> dict[str, Any]:
+        pad = tokens.get("pad_token_id", tokens.get("eos_token_id"))
+        return exported_config(hf_files.read_config(self.hf_path), self.architecture, pad)
 
     def load(self, path: str) -> None:
         """Reads what `save` wrote; collective."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +32,11 @@ def batch(ids: list[int], groups: ParallelGroups) -> Batch:
     return packed(parts, groups, temperature=TEMPERATURES[ids])
 
 
-def engine_logprobs(path: str, layout: Layout, microbatches: list[list[int]]) -> dict[int, Tensor]:
+def engine_logprobs(
+    path: str, layout: Layout, microbatches: list[list[int]], fields: dict[str, Any] | None = None
+) -> dict[int, Tensor]:
     """On a rank: the logprobs of its data-parallel share, by sequence."""
-    engine = make_engine(path, layout, trainable=False)
+    engine = make_engine(path, layout, trainable=False, **(fields or {}))
     dp = engine.groups.dp
     mine = microbatches[dp.rank :: dp.size]
     batches = [batch(ids, engine.groups) for ids in mine]
@@ -45,24 +48,29 @@ def engine_logprobs(path: str, layout: Layout, microbatches: list[list[int]]) ->
 
 
 @cache
-@torch.no_grad()
 def reference_logprobs(path: str) -> dict[int, Tensor]:
     """transformers', sequence by sequence, without packing or padding."""
-    model = load_reference(path)
-    wanted = {}
+    return logprobs_of(load_reference(path))
+
+
+@torch.no_grad()
+def logprobs_of(model: torch.nn.Module) -> dict[int, Tensor]:
+    """Those of a model of transformers, in host memory."""
+    found = {}
     for i, (tokens, temperature) in enumerate(zip(sequences(), TEMPERATURES, strict=True)):
-        log_p = (model(tokens[None]).logits[0] / temperature).log_softmax(-1)
+        logits = model(tokens[None].to(model.device)).logits[0].float().cpu()
+        log_p = (logits / temperature).log_softmax(-1)
         picked = log_p[:-1].gather(1, tokens[1:, None]).squeeze(1)
-        wanted[i] = torch.cat([torch.zeros(1), picked])
-    return wanted
+        found[i] = torch.cat([torch.zeros(1), picked])
+    return found
 
 
-def largest_difference(path: str, layout: Layout, microbatches: list[list[int]] = MICROBATCHES) -> float:
+def largest_difference(path: str, layout: Layout, microbatches: list[list[int]] = MICROBATCHES, **fields: Any) -> float:
     """Over all tokens of all sequences, on every rank of the layout; NaN if there is one."""
     wanted = reference_logprobs(path)
     found: dict[int, Tensor] = {}
     differences = []
-    for rank in run_ranks(layout.world, engine_logprobs, path, layout, microbatches):
+    for rank in run_ranks(layout.world, engine_logprobs, path, layout, microbatches, fields):
         found.update(rank)
         differences += [(rank[i] - wanted[i]).abs().max() for i in rank]
     assert sorted(found) == list(range(len(LENGTHS))), f"sequences {sorted(found)} came back"

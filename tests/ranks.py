@@ -2,6 +2,7 @@
 
 `run_ranks(world, fn, *args)` runs a module-level function on every rank and returns the results in rank
 order. The default process group has exactly `world` members; Megatron's groups are left to the function.
+On a machine with a GPU one rank is the calling process itself, on that GPU and over NCCL; several see no GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 _CONTEXT = mp.get_context("forkserver")
 # What every worker would import anyway: paid once, in the server they are forked from.
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "tests.warm"])
+
+_MOST_THREADS = 200  # a layout's groups have some 70; new processes cost half a second
 
 
 class RanksError(AssertionError):
@@ -34,7 +38,8 @@ class _Pool:
         for rank in range(world):
             here, there = _CONTEXT.Pipe()
             process = _CONTEXT.Process(target=_serve, args=(there, rank, world, port))
-            process.start()
+            with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # read by the server, which the first one starts
+                process.start()
             there.close()
             self.pipes.append(here)
             self.processes.append(process)
@@ -64,6 +69,15 @@ class _Pool:
             raise RanksError(f"{fn.__name__}: no answer from ranks {silent} within {timeout} s\n{text}")
         return [results[rank] for rank in range(len(self.pipes))]
 
+    @property
+    def is_worn(self) -> bool:
+        """Whether threads of groups pile up there.
+
+        Megatron's DDP keeps itself alive through autograd's hooks at times, and with it the gloo groups of its layout,
+        each with a thread that polls.
+        """
+        return len(os.listdir(f"/proc/{self.processes[0].pid}/task")) > _MOST_THREADS
+
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.close()  # a rank that waits for work leaves by itself, finalizers run
@@ -77,8 +91,15 @@ class _Pool:
 _POOLS: dict[int, _Pool] = {}
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, fresh: bool = False) -> list[Any]:
-    """The results of `fn(*args)` on `world` ranks; `fresh` uses processes that nothing else has touched."""
+def run_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, fresh: bool = False, on_cpu: bool = False
+) -> list[Any]:
+    """The results of `fn(*args)` on `world` ranks; `fresh` uses processes that nothing else has touched.
+
+    With `on_cpu` one rank, too, is a process without a GPU.
+    """
+    if world == 1 and not on_cpu and _has_gpu():
+        return [_on_host(fn(*args))]
     if fresh:
         pool = _Pool(world)
         try:
@@ -87,11 +108,29 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 1
             pool.close()
     if world not in _POOLS:
         _POOLS[world] = _Pool(world)
+    pool = _POOLS[world]
     try:
-        return _POOLS[world].run(fn, args, timeout)
+        results = pool.run(fn, args, timeout)
     except RanksError:
         del _POOLS[world]
         raise
+    if pool.is_worn:
+        _POOLS.pop(world).close()
+    return results
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _on_host(result: Any) -> Any:
+    """The result with its tensors in host memory, as a pipe would deliver them."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), result)
 
 
 @atexit.register

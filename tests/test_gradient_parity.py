@@ -105,7 +105,7 @@ def gradients(
     assert (counts.tokens, counts.sequences) == (global_counts().tokens, global_counts().sequences)
     shares = pipeline.train(
         engine._chunks,
-        batches,
+        engine._placed(batches),
         engine._stage,
         engine._head,
         lambda columns, batch: loss_of(name)(columns, batch, global_counts()),

@@ -57,7 +57,7 @@ def on_ranks(path: str, layout: Layout) -> dict[str, Any]:
     engine = make_engine(path, layout, score_head=True, use_distributed_optimizer=False)
     groups = engine.groups
     mine = [[0, 1], [2, 3]][groups.dp.rank :: groups.dp.size]
-    batches = [batch(ids, groups) for ids in mine]
+    batches = engine._placed([batch(ids, groups) for ids in mine])
     columns = engine.forward(batches, ("scores", "values"))
     pipeline.train(
         engine._chunks, batches, engine._stage, engine._head, lambda c, b: loss(c, b, Counts(tokens=1, sequences=1)),

@@ -1,6 +1,8 @@
 """Times optimizer steps of megalign beside TRL's: same model, rows, threads and dtype, interleaved in one run.
 
     python tools/benchmark.py {sft,grpo} --json FILE [--model DIR] [--dataset FILE.jsonl] [--repetitions 5]
+    python tools/benchmark.py convert ...    # the conversion tools beside a copy: tools/benchmark_convert.py
+    python tools/benchmark.py save ...       # checkpoints beside the training or in it: tools/benchmark_save.py
 
 Each engine has a process of its own, with one rank, and takes its next step when the other has taken one, so that
 a machine that slows down slows both. CUDA is used when there is one. TRL comes with tools/requirements-test.txt.
@@ -52,6 +54,7 @@ class Step(NamedTuple):
     cpu_seconds: float  # of all its threads: other programs on the machine hardly change it
     tokens: int  # fed to the model, prompts included, padding not
     loss: float
+    device_peak: int = 0  # the most bytes of a GPU that torch held at once so far
 
 
 class Pair(NamedTuple):
@@ -91,7 +94,8 @@ class StepOnCall(TrainerCallback):
     def on_log(self, _args: Any, _state: Any, _control: Any, logs: dict[str, Any], **__: Any) -> None:
         """Answers: only the log, which follows the step's end, knows how many tokens there were."""
         tokens = int(logs["num_tokens"])
-        self.pipe.send(Step(*self.taken, tokens - self.tokens, float(logs["loss"])))
+        peak = torch.cuda.max_memory_allocated() if device.on_cuda() else 0
+        self.pipe.send(Step(*self.taken, tokens - self.tokens, float(logs["loss"]), peak))
         self.tokens = tokens
 
 
@@ -300,6 +304,7 @@ def summarize(job: str, pairs: Sequence[Pair], peak_rss: dict[str, int]) -> list
                 "tokens_per_s": sum(step.tokens for step in steps) / sum(seconds),
                 "ratio": statistics.median(ratios),
                 "peak_rss": peak_rss[engine],
+                "peak_device": max(step.device_peak for step in steps),
             }
         )
     return entries
@@ -340,16 +345,19 @@ def show(
     """The entries as a table, with the machine's own limits below."""
     what = "rows" if options.job == "sft" else f"completions of at most {options.max_completion_length} tokens"
     table = Table(title=f"{options.job}: {options.batch} {what} a step, medians of {len(pairs)}, {options.model.name}")
-    for heading in ("engine", "s", "CPU s", "tokens/s", "x TRL", "GFLOP/s", "loss", "RSS GB"):
+    for heading in ("engine", "s", "CPU s", "tokens/s", "x TRL", "GFLOP/s", "MFU", "loss", "RSS GB", "GPU GB"):
         table.add_column(heading, justify="left" if heading == "engine" else "right")
-    weights = num_parameters(options.model)
+    weights, best = num_parameters(options.model), statistics.median(limit.flops for limit in limits)
     for entry in entries:
         # Forward and backward take 6 operations a weight and token; generation is not counted like that.
-        flops = f"{6 * weights * entry['tokens_per_s'] / 1e9:.0f}" if options.job == "sft" else "-"
+        flops = 6 * weights * entry["tokens_per_s"]
+        # Of what this machine's matrix product gave, not of a data sheet's.
+        rates = (f"{flops / 1e9:.0f}", f"{flops / best:.1%}") if options.job == "sft" else ("-", "-")
         steps: list[Step] = [getattr(pair, entry["engine"]) for pair in pairs]
         cpu = statistics.median(step.cpu_seconds for step in steps)
-        times = f"{entry['median_s']:.2f}", f"{cpu:.1f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f}"
-        table.add_row(entry["engine"], *times, flops, f"{steps[0].loss:.4f}", f"{entry['peak_rss'] / 1e9:.2f}")
+        times = f"{entry['median_s']:.3f}", f"{cpu:.2f}", f"{entry['tokens_per_s']:.0f}", f"{entry['ratio']:.2f}"
+        peaks = (f"{entry[name] / 1e9:.2f}" for name in ("peak_rss", "peak_device"))
+        table.add_row(entry["engine"], *times, *rates, f"{steps[0].loss:.4f}", *peaks)
     console.print(table)
     flops, copied = ([value / 1e9 for value in column] for column in zip(*limits, strict=True))
     console.print(
@@ -384,6 +392,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] in (["convert"], ["save"]):
+        other = Path(__file__).with_name(f"benchmark_{words[0]}.py")
+        sys.exit(subprocess.run([sys.executable, other, *words[1:]], check=False).returncode)
     options = parse_arguments(arguments)
     if importlib.util.find_spec("trl") is None:
         sys.exit("megalign: error: trl is not installed; tools/install.sh cpu --test installs it")

@@ -141,6 +141,13 @@ class LoopConfig(ComputeConfig):
     """Steps between two checkpoints; below 1 a fraction of all steps."""
     save_total_limit: int | None = option(None, minimum=1)
     """Keep only this many of the newest checkpoints; all when not given."""
+    save_hf_steps: int | None = option(None, minimum=1)
+    """Steps between two exports of the policy as a Hugging Face directory, output_dir/hf-{step}, which is whole when it
+    is there; none when not given. Made by processes beside the ranks while training goes on, from host memory that
+    holds the weights once more."""
+    async_save: bool = False
+    """Write checkpoints by a process beside each rank while training goes on; one is whole, and may be resumed from,
+    when its manifest.json is there. Takes host memory for what is written, up to weights and optimizer once more."""
     resume_from_checkpoint: str | None = None
     """Checkpoint directory to go on from, or latest (in output_dir; starts afresh when there is none)."""
     ddp_timeout: int = option(1800, minimum=1)

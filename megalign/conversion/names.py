@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 # Transformer Engine fuses a norm into the linear that follows it.
-_FUSED_NORMS = {
+FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
     "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
@@ -42,7 +42,7 @@ def canonical(name: str, first_layer: int, first_expert: int = 0) -> Key:
     match = _LAYER.fullmatch(name)
     if match is None:
         return Key(name)
-    layer, rest = int(match[1]) + first_layer, _FUSED_NORMS.get(match[2], match[2])
+    layer, rest = int(match[1]) + first_layer, FUSED_NORMS.get(match[2], match[2])
     if grouped := _GROUPED_EXPERT.fullmatch(rest):
         rest = f"mlp.experts.local_experts.{grouped[2]}.{grouped[1]}"
     if expert := _EXPERT.fullmatch(rest):

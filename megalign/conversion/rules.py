@@ -231,6 +231,23 @@ def pieces(
     return found
 
 
+def rows_of(piece: Piece, first: int, end: int) -> Piece | None:
+    """What of the piece is in rows first:end of its shard, as a piece of these rows; None where nothing is."""
+    rows = piece.shard_index[0]
+    low, high = max(rows.start, first), min(rows.stop, end)
+    if low >= high:
+        return None
+    # The rows' own place in the Hugging Face tensor: the last one where it is turned.
+    at = len(piece.hf_index) - 1 if piece.transposed else len(piece.hf_index) - len(piece.shard_index)
+    given = piece.hf_index[at]
+    steps = range(given.start, given.stop, given.step or 1)[low - rows.start : high - rows.start]
+    cut = slice(steps[0], steps[-1] + 1, given.step)
+    return piece._replace(
+        hf_index=(*piece.hf_index[:at], cut, *piece.hf_index[at + 1 :]),
+        shard_index=(slice(low - first, high - first), *piece.shard_index[1:]),
+    )
+
+
 def expand(rules: list[Rule], architecture: Architecture) -> list[tuple[Rule, Key]]:
     """Every Megatron tensor of the whole model with its rule, in the order of the Hugging Face tensors."""
     layered = [rule for rule in rules if rule.per_layer]

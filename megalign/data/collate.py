@@ -50,6 +50,19 @@ def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_
     )
 
 
+def unpack(batch: Batch) -> list[dict[str, Any]]:
+    """The sequences of a Batch, as `pack` takes them, without their pads."""
+    lengths = batch.lengths if batch.unpadded_lengths is None else batch.unpadded_lengths
+    columns = {"tokens": batch.tokens, **batch.token_columns}
+    return [
+        {
+            **{name: column[start : start + length] for name, column in columns.items()},
+            **{name: float(column[number]) for name, column in batch.sequence_columns.items()},
+        }
+        for number, (start, length) in enumerate(zip(batch.cu_seqlens.tolist(), lengths.tolist(), strict=False))
+    ]
+
+
 def packed_share(
     rows: Sequence[int],
     sequences_of: Callable[[list[int]], Sequence[Mapping[str, Any]]],

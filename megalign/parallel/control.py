@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megalign.parallel.groups import Axis
+
+T = TypeVar("T")
 
 
 def barrier(axis: Axis) -> None:
@@ -22,3 +25,24 @@ def any_rank(flags: Sequence[bool], axis: Axis) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=axis.group)
     return [bool(vote) for vote in votes.tolist()]
+
+
+def gather_objects(mine: T, axis: Axis) -> list[T]:
+    """Every rank's object, in rank order."""
+    if axis.size == 1:
+        return [mine]
+    everyone: list[T] = [mine] * axis.size
+    dist.all_gather_object(everyone, mine, group=axis.group)
+    return everyone
+
+
+def agree(act: Callable[[], None], axis: Axis) -> None:
+    """Does what may fail on this rank alone, a write for example; the OSError of any rank is raised on all of them."""
+    mine = None
+    try:
+        act()
+    except OSError as error:
+        mine = error
+    for error in gather_objects(mine, axis):
+        if error is not None:
+            raise error

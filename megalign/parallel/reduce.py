@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megalign import device
 from megalign.batch import Batch, Counts, Metric
+from megalign.parallel.control import gather_objects
 from megalign.parallel.groups import Axis, ParallelGroups
 
 T = TypeVar("T")
@@ -57,21 +58,13 @@ def gather_over(values: Tensor, axis: Axis) -> tuple[Tensor, int]:
 
 def gather_rows(mine: Mapping[int, T], axis: Axis) -> list[T]:
     """Values that the ranks hold of rows 0 .. N - 1, each row's on one rank at least -> all of them, in order."""
-    everyone: list[Any] = [mine]
-    if axis.size > 1:
-        everyone = [None] * axis.size
-        dist.all_gather_object(everyone, dict(mine), group=axis.group)
-    found = {row: value for part in everyone for row, value in part.items()}
+    found = {row: value for part in gather_objects(dict(mine), axis) for row, value in part.items()}
     return [found[row] for row in range(len(found))]
 
 
 def union_over(numbers: Iterable[int], axis: Axis) -> list[int]:
     """What any rank of the axis names, each once, in order."""
-    everyone: list[Any] = [set(numbers)]
-    if axis.size > 1:
-        everyone = [None] * axis.size
-        dist.all_gather_object(everyone, set(numbers), group=axis.group)
-    return sorted(set().union(*everyone))
+    return sorted(set().union(*gather_objects(set(numbers), axis)))
 
 
 def reduce_metrics(metrics: list[dict[str, Metric]], groups: ParallelGroups) -> dict[str, float]:

@@ -17,6 +17,7 @@ import queue
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from megalign.device import on_cuda
+from megalign.forked import Result
+from megalign.patches.unpickling import unpickle_data_only
 
 _installed = False
 
@@ -74,7 +77,8 @@ def install() -> None:
     _installed = True
     _repair_optimizer_checkpoints()
     _number_parameters_of_two_dtypes()
-    _save_without_helper_process()
+    _save_without_helper_processes()
+    unpickle_data_only()
     _recompute_without_transformer_engine()
     _do_without_transformer_engine()
     if not on_cuda():
@@ -164,7 +168,7 @@ def _replace_rng_tracker_state() -> None:
     _replace(tracker, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
 
 
-def _replace(module: Any, name: str, function: Callable[..., Any]) -> None:
+def _replace(module: Any, name: str, function: Any) -> None:
     # A name that upstream has given up would be set without effect.
     assert hasattr(module, name), f"megatron-core has no {module.__name__}.{name} any more"
     setattr(module, name, function)
@@ -215,19 +219,42 @@ def _repair_optimizer_checkpoints() -> None:
     DistributedOptimizer.load_state_dict = load_with_own_steps
 
 
-def _save_without_helper_process() -> None:
-    """dist_checkpointing/strategies/filesystem_async.py:51/53 starts a manager process for the results of a save.
+def _save_without_helper_processes() -> None:
+    """dist_checkpointing/strategies/filesystem_async.py: a rank that is killed would leave its helpers behind.
 
-    A synchronous save reads them in the process that wrote them, and a rank that is killed would leave the
-    manager behind with its output pipes open. Goes when saves become asynchronous.
+    (1) :51/53 starts a manager process for the results of a save; here they come through a file without a name.
+    (2) :225 forks a process for each file (0.16.1; 0.19.2 has threads there). A save in the background is in a
+    process of its own already, which ends with its rank. Goes when upstream has neither.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    results: queue.Queue[Any] = queue.Queue()
     # 0.19 calls it by a public name.
     name = "get_write_results_queue"
     name = name if hasattr(filesystem_async, name) else f"_{name}"
-    _replace(filesystem_async, name, lambda *args: results)
+    _replace(filesystem_async, name, lambda *args: Result())
+    writer = filesystem_async.FileSystemWriterAsync
+    if hasattr(writer, "write_preloaded_data_multiproc"):
+        writer.write_preloaded_data_multiproc = staticmethod(_write_in_threads)
+
+
+def _write_in_threads(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results: Result) -> None:
+    """In place of FileSystemWriterAsync.write_preloaded_data_multiproc: puts {bucket's number: what was written}, or
+    the exception that stopped a bucket."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(numbered: tuple[int, Any]) -> tuple[int, Any]:
+        written: queue.Queue[Any] = queue.Queue()
+        running: queue.Queue[int] = queue.Queue()
+        running.put(numbered[0])
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, *numbered, results_queue=written, count_queue=running, use_fsync=True, use_msc=use_msc
+        )
+        return written.get_nowait()
+
+    with ThreadPoolExecutor(max(1, len(buckets))) as pool:
+        parts = dict(pool.map(write, enumerate(buckets)))
+    failures = [part for part in parts.values() if isinstance(part, Exception)]
+    results.put(failures[0] if failures else parts)
 
 
 def _recompute_without_transformer_engine() -> None:
@@ -280,8 +307,21 @@ def _do_without_transformer_engine() -> None:
 
     if not transformer_engine.HAVE_TE:
         multi_latent_attention.HAVE_TE = False
+    else:
+        _add_gradients_without_apex()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _add_gradients_without_apex() -> None:
+    """tensor_parallel/layers.py:924/1070 refuses gradient_accumulation_fusion without Apex's kernel, to the head too.
+
+    Transformer Engine's linears add their gradients up themselves, and the head is a function of its weight here
+    (model.heads), no module that is called. Goes when upstream asks where the kernel is used.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    _replace(layers, "_grad_accum_fusion_available", True)
 
 
 def _send_uneven_parts_over_gloo() -> None:

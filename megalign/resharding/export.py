@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megalign.batch import Slice
 from megalign.conversion.architecture import Architecture
-from megalign.conversion.hf_files import HfWriter
+from megalign.conversion.hf_writer import HfWriter
 from megalign.conversion.names import Key
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups

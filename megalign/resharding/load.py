@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import SCORE_HEAD, is_classifier, rules_of
+from megalign.conversion.hf_checks import check_directory
 from megalign.conversion.hf_files import HfReader
 from megalign.conversion.rules import hf_shapes
-from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.resharding.layout import local_tensors, plan_of
-
-_COMPARED_ROWS = 64
 
 
 @torch.no_grad()
@@ -36,13 +34,9 @@ def load_hf(
     plan_of(chunks, groups, architecture)  # raises unless the ranks together hold the whole model
     reader = HfReader(path)
     has_new_head = architecture.num_labels is not None and not is_classifier(reader.config)
-    expected = hf_shapes(rules_of(architecture), architecture)
-    new = _new_head(expected.pop(SCORE_HEAD), reader.config, seed) if has_new_head else None
-    # A tied head may be in the file as a second copy of the embedding; a score head takes any other's place.
-    ignored = {"lm_head.weight", "lm_head.bias"} if architecture.tied_embeddings or has_new_head else set()
-    reader.check(expected, ignored=ignored | _behind_the_last_layer(reader, architecture))
-    if architecture.tied_embeddings and not has_new_head:
-        _check_tied_head(reader)
+    shape = hf_shapes(rules_of(architecture), architecture).get(SCORE_HEAD, ())
+    new = _new_head(shape, reader.config, seed) if has_new_head else None
+    check_directory(reader, architecture)
     for _, tensor, pieces in local_tensors(chunks, groups, architecture).values():
         if sum(torch.Size(piece.shape).numel() for piece in pieces) < tensor.numel():
             tensor.zero_()  # the pad rows of the vocabulary
@@ -50,31 +44,6 @@ def load_hf(
             is_new = new is not None and piece.hf_name == SCORE_HEAD
             given = new if is_new else piece.turned(reader.read(piece.hf_name, piece.hf_index))
             tensor[piece.shard_index].copy_(given)
-
-
-def _check_tied_head(reader: HfReader) -> None:
-    """A tied model's head, where the file has one, must be the embedding; rows all over it tell each rank the same."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if head not in reader.names():
-        return
-    size, width = reader.shape(embedding)
-    rows = range(0, size, max(1, size // _COMPARED_ROWS))
-    same = reader.shape(head) == (size, width) and all(
-        torch.equal(*(reader.read(name, (slice(row, row + 1), slice(0, width))) for name in (head, embedding)))
-        for row in rows
-    )
-    if not same:
-        raise UserError(
-            f"{reader.path} has an {head} of its own, and tie_word_embeddings in its config.json says that it is the "
-            "embedding; set tie_word_embeddings to false, or remove the tensor"
-        )
-
-
-def _behind_the_last_layer(reader: HfReader, architecture: Architecture) -> set[str]:
-    """The layers that predict further tokens, which transformers leaves out as well."""
-    layers = range(architecture.num_layers, architecture.num_layers + architecture.num_mtp_layers)
-    starts = tuple(f"model.layers.{layer}." for layer in layers)
-    return {name for name in reader.names() if starts and name.startswith(starts)}
 
 
 def _new_head(shape: tuple[int, ...], config: Mapping[str, Any], seed: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,32 +28,14 @@ from megalign.parallel.control import barrier
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
-from megalign.trainers import arguments, checkpointing
+from megalign.trainers import arguments
+from megalign.trainers.keeping import Keeper
 from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
-# A resumed run must share these fields' values, the world size, the rows and the models' architectures.
-LAYOUT_FIELDS = (
-    "tensor_model_parallel_size",
-    "sequence_parallel",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "use_distributed_optimizer",
-    "params_dtype_name",
-)
-DATA_FIELDS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-    "data_order_seed",
-    "shuffle_dataset",
-)
+# What of the rows a resumed run must share with the run that it goes on with; a leaf has more.
+DATA_FIELDS = ("seed", "data_order_seed", "shuffle_dataset")
 TIMEOUT_SLACK = 30  # seconds after ddp_timeout until a collective gives up by itself
 SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
@@ -108,6 +89,7 @@ class Trainer:
         self.eval_rows = self._prepare(eval_dataset, "eval_dataset")
         self.policy = self.make_policy()
         self.run = Run(args, self.groups, callbacks, model=self.policy, processing_class=self.processing_class)
+        self.keeper = Keeper(self)
 
     @property
     def state(self) -> TrainerState:
@@ -160,6 +142,12 @@ class Trainer:
         """Rows that max_steps will take, where it is set: how much of a stream is read."""
         raise NotImplementedError
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows (of trainers that sample: completions) of an optimizer step, over all ranks."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.groups.dp.size
+
     def micro_steps_per_epoch(self) -> int:
         """Batches of `per_device_train_batch_size` rows a data-parallel rank takes in an epoch."""
         raise NotImplementedError
@@ -177,11 +165,15 @@ class Trainer:
         raise NotImplementedError
 
     def loop_state(self) -> dict[str, Any]:
-        """What a leaf must keep to go on bitwise: tensors and plain values of this rank."""
+        """What a leaf must keep to go on, the same on every rank: tensors and plain values."""
         return {}
 
-    def restore_loop_state(self, state: dict[str, Any]) -> None:
-        """Takes `loop_state` back."""
+    def replica_state(self) -> Any:
+        """The same of this data-parallel replica alone."""
+        return None
+
+    def restore_loop_state(self, state: Mapping[str, Any], replicas: Sequence[Any]) -> None:
+        """Takes `loop_state` back, and the `replica_state` of every replica that there was."""
 
     def after_step(self) -> None:
         """Called on every rank after each optimizer step, before the callbacks hear of it."""
@@ -205,7 +197,7 @@ class Trainer:
             return self._train(resume_from_checkpoint)
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
-        self._resume(resume_from_checkpoint)
+        self.keeper.resume(resume_from_checkpoint)
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
@@ -223,6 +215,7 @@ class Trainer:
             if self.run.control.should_training_stop:
                 break
         output = self._finish(started, first_step)
+        self.keeper.progress(wait=True)
         if self.run.stopping.cause is not None:
             self.run.tell_stop()
             return output
@@ -290,6 +283,7 @@ class Trainer:
             self.run.window.add({"step_time": time.perf_counter() - started})
             self.run.count_step(self.plan)
             self.after_step()
+            self.keeper.export_if_due()
             self.run.event("on_step_end")
             self._act(listening=True)
             self._end_if_skipping()
@@ -310,11 +304,13 @@ class Trainer:
         if not self.run.skips.too_many:
             return
         if self.run.stopping.cause is None:  # else the state is saved already
-            self._save_checkpoint()
+            self.keeper.save()
+        self.keeper.progress(wait=True)
         raise self.run.skips.error(f"checkpoint-{self.state.global_step}")
 
     def _act(self, *, listening: bool = False) -> None:
         """Logs, evaluates and saves as the callbacks decided, or as a stop needs it."""
+        self.keeper.progress()
         # Each of the three fires events, in which the callbacks of one rank may decide anew: all ranks must know
         # before they enter the next collective work, and before the loop asks whether to go on.
         self.run.agree(listening=listening)
@@ -331,7 +327,7 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         if self.run.control.should_save:
-            self._save_checkpoint()
+            self.keeper.save()
             self.run.event("on_save")
 
     def _evaluate(self, rows: Dataset | None, prefix: str) -> dict[str, float | None]:
@@ -347,15 +343,13 @@ class Trainer:
 
     def _finish(self, started: float, first_step: int) -> TrainOutput:
         steps = self.state.global_step - first_step
-        batch = self.args.per_device_train_batch_size * self.groups.dp.size
-        rows = steps * batch * self.args.gradient_accumulation_steps
-        metrics = speed_metrics("train", started, num_samples=rows, num_steps=steps)
+        metrics = speed_metrics("train", started, num_samples=steps * self.rows_per_step, num_steps=steps)
         metrics["train_loss"] = self.run.loss_total / max(steps, 1)
         self.run.log_summary(metrics)
         self.run.event("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    # ---- rows and checkpoints
+    # ---- rows
 
     def _prepare(self, dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -384,44 +378,3 @@ class Trainer:
         barrier(self.groups.world)
         if self.groups.world.rank == 0:
             prepared.remove(self.args.output_dir)
-
-    def _settings(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote the checkpoint."""
-        return {
-            "trainer": type(self).__name__,
-            "world_size": self.groups.world.size,
-            **{name: getattr(self.args, name) for name in (*LAYOUT_FIELDS, *self.data_fields)},
-            **{
-                "model" if name == "engine" else name: engine.architecture.in_json()
-                for name, engine in self.engines().items()
-            },
-            "train_dataset": self._described_rows,
-            **self.settings(),
-        }
-
-    @cached_property
-    def _described_rows(self) -> str:
-        """They are read through once, not at every checkpoint."""
-        return prepared.describe_rows(self.train_rows)
-
-    def _save_checkpoint(self) -> None:
-        path = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        loop = {"position": self.run.position(), "leaf": self.loop_state()}
-        world = self.groups.world
-        checkpointing.save_checkpoint(path, self.engines(), self.state, loop, self._settings(), world)
-        checkpointing.rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, path, world)
-
-    def _resume(self, resume: str | bool | None) -> None:
-        path = checkpointing.find_checkpoint(self.args.output_dir, resume)
-        if path is None:
-            if resume:
-                self.run.say(f"no checkpoint in {self.args.output_dir} yet: training starts afresh")
-            self.run.file.start_afresh()
-            return
-        checkpointing.check_checkpoint(path, self._settings())
-        state, loop = checkpointing.load_checkpoint(path, self.engines(), self.groups.world)
-        self.run.resume(state, loop["position"], self.plan)
-        self.restore_loop_state(loop["leaf"])
-        if self.state.global_step < self.plan.max_steps:
-            self.run.file.go_on_after(self.state.global_step, logged_step=self.run.logged_step)
-        self.run.say(f"resumed from {path}")

@@ -1,188 +1,230 @@
-"""checkpoint-{step}/: the engines' training checkpoints and what the loop needs to go on bitwise.
+"""Checkpoints: what a run keeps in checkpoint-{step}/ to go on, at the same layout bitwise.
 
-`manifest.json` is written last: a directory without one is not whole and is never resumed from.
+`engine/` and its like are the engines' training checkpoints; `loop/run.pt` is what all ranks know alike,
+`loop/replica_*.pt` what a data-parallel replica was to learn from next, `loop/rank_*.pt` a rank's generators.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
-import random
-import re
 import shutil
 import textwrap
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
+from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
-from megalign.parallel.control import barrier
-from megalign.parallel.groups import Axis
+from megalign.parallel.control import agree, gather_objects
+from megalign.parallel.groups import ParallelGroups
+from megalign.trainers import manifest
+from megalign.trainers.generators import rng_state, set_rng_state
+from megalign.unpickle import load_data
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megalign.model.checkpoint import Saving
     from megalign.train_engine import TrainEngine
 
-MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
-LATEST = "latest"
-_MANIFEST_KINDS = {"step": int, "written": float, "settings": dict, "files": dict}
+_LOOP = "loop"
 # CheckpointException is torch's, of a file that any rank could not read; it is no Exception.
 _DAMAGED = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, json.JSONDecodeError)
 _DAMAGED_ENGINE = (*_DAMAGED, CheckpointException, CheckpointingException)
 
 
-def save_checkpoint(
-    path: Path,
-    engines: Mapping[str, TrainEngine],
-    state: TrainerState,
-    loop: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    world: Axis,
-) -> None:
-    """Writes a whole checkpoint; `loop` is this rank's part, `settings` what a resumed run must share."""
-    if world.rank == 0 and path.exists():  # left by a run that was killed, or by one that is being repeated
-        with _writing(path):
-            shutil.rmtree(path)
-    barrier(world)
-    with _writing(path):
-        (path / "loop").mkdir(parents=True, exist_ok=True)
-    for name, engine in engines.items():
-        with engine.kept_as_it_was(), _writing(path):
-            engine.save(str(path / name))
-    with _writing(path):
-        torch.save({"rng": rng_state(), **loop}, _loop_file(path, world.rank))
-        if world.rank == 0:
-            state.save_to_json(str(path / STATE))
-    barrier(world)
-    if world.rank == 0:
-        files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*")) if file.is_file()}
-        manifest = {"step": state.global_step, "written": time.time(), "settings": dict(settings), "files": files}
-        unfinished = path / f"{MANIFEST}.tmp"
-        unfinished.write_text(json.dumps(manifest, indent=1))
-        unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
-    barrier(world)
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """Where the loop stands, in tensors and plain values."""
+
+    trainer: TrainerState
+    run: Mapping[str, Any]  # the same on every rank
+    replica: Any  # of the rank's data-parallel replica
 
 
-def load_checkpoint(path: Path, engines: Mapping[str, TrainEngine], world: Axis) -> tuple[TrainerState, dict[str, Any]]:
-    """Puts the engines and this rank's random generators where the checkpoint left them."""
-    for name, engine in engines.items():
-        with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
-            engine.load(str(path / name))
-    file = _loop_file(path, world.rank)
-    with _reading(file, *_DAMAGED):
-        loop = torch.load(file, map_location="cpu", weights_only=True)
-    set_rng_state(loop.pop("rng"))
-    with _reading(path / STATE, ValueError, TypeError):  # no JSON, or other fields
-        return TrainerState.load_from_json(str(path / STATE)), loop
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A LoopState as a checkpoint gives it back: of every replica that there was, whatever the layout is now."""
+
+    trainer: TrainerState
+    run: Mapping[str, Any]
+    replicas: list[Any]
 
 
-def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or the newest whole one for "latest" or True."""
-    if resume is None or resume is False or resume == "":
-        return None
-    if resume is True or resume == LATEST:
-        whole = [path for path in checkpoints(output_dir) if _manifest(path) is not None]
-        return whole[-1] if whole else None
-    path = Path(str(resume))
-    if not path.is_dir():
-        raise UserError(
-            f"resume_from_checkpoint={resume} is not a directory; give a checkpoint-N directory or {LATEST}"
-        )
-    if not (path / MANIFEST).exists():
-        raise UserError(
-            f"{path} has no {MANIFEST}, so it was not written to its end; resume from another checkpoint or {LATEST}"
-        )
-    if _manifest(path) is None:
-        raise UserError(f"{path / MANIFEST} is damaged; resume from another checkpoint or {LATEST}")
-    return path
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A checkpoint that is being written while training goes on."""
+
+    path: Path
+    content: Mapping[str, Any]  # of the manifest
+    savings: Mapping[str, Saving]  # by the engine's directory
 
 
-def check_checkpoint(path: Path, settings: Mapping[str, Any]) -> int:
-    """The step of a checkpoint whose files are whole and whose layout, models and data are this run's."""
-    manifest = _manifest(path)
-    assert manifest is not None, "find_checkpoint gives no other"
-    for name, size in manifest["files"].items():
-        file = path / name
-        found = file.stat().st_size if file.exists() else "no"
-        if found != size:
-            raise UserError(f"{file} has {found} bytes where its manifest says {size}; resume from another checkpoint")
-    for name, value, then in _differences(json.loads(json.dumps(dict(settings))), manifest["settings"]):
-        raise UserError(
-            f"{name} is {value} but {path} was made with {then}; resuming needs the same layout, models and data: "
-            f"set {name} back, or start without resume_from_checkpoint"
-        )
-    return int(manifest["step"])
+class Checkpoints:
+    """Writes and reads the checkpoints of one run; every method is called on all ranks."""
+
+    def __init__(self, args: Any, groups: ParallelGroups, say: Callable[[str], None]) -> None:
+        self._args, self._groups, self._say = args, groups, say
+        self._pending: _Pending | None = None
+
+    def save(
+        self,
+        engines: Mapping[str, TrainEngine],
+        loop: LoopState,
+        settings: Mapping[str, Any],
+        *,
+        special_tokens: Mapping[str, int],
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> None:
+        """Writes output_dir/checkpoint-{step}; with async_save it is whole once `progress` has seen its end.
+
+        The models' config files get the tokenizer's `special_tokens`, and `tokenizer` where it is not their own.
+        """
+        self.progress(wait=True)
+        step, world = loop.trainer.global_step, self._groups.world
+        path = Path(self._args.output_dir) / f"checkpoint-{step}"
+        content = {"step": step, "settings": dict(settings), "layout": layout_of(self._args, self._groups)}
+        with self._writing(path):
+            agree(lambda: self._begin(path), world)
+            agree(lambda: self._write_loop(path, loop), world)
+            if self._args.async_save:
+                savings = {name: _begun(engine, path / name, special_tokens) for name, engine in engines.items()}
+                agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
+                self._pending = _Pending(path=path, content=content, savings=savings)
+            else:
+                sums = {name: _saved(engine, path / name, special_tokens) for name, engine in engines.items()}
+                agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
+                self._declare_whole(path, content, sums)
+
+    def progress(self, *, wait: bool = False) -> None:
+        """Declares the pending checkpoint whole if all of its files are written; `wait`s for them."""
+        if self._pending is None:
+            return
+        pending, sums = self._pending, {}
+        with self._writing(pending.path):
+            for name, saving in pending.savings.items():
+                sums[name] = saving.finish(wait=wait)
+                if sums[name] is None:
+                    return
+            self._pending = None
+            self._declare_whole(pending.path, pending.content, sums)
+
+    def find(self, resume: str | bool | None) -> Path | None:
+        """What resume_from_checkpoint means; None, which is said, where there is nothing to resume from."""
+        path = manifest.find_checkpoint(self._args.output_dir, resume)
+        if path is None and resume:
+            self._say(f"no checkpoint in {self._args.output_dir} yet: training starts afresh")
+        return path
+
+    def load(self, path: Path, engines: Mapping[str, TrainEngine], settings: Mapping[str, Any]) -> Resumed:
+        """Puts the engines and this rank's generators where the checkpoint left them; the loop's state."""
+        manifest.check_settings(path, settings)
+        manifest.check_files(path, self._groups.world)
+        for name, engine in engines.items():
+            with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
+                engine.load(str(path / name))
+        ranks, replicas = sorted(path.glob(f"{_LOOP}/rank_*.pt")), sorted(path.glob(f"{_LOOP}/replica_*.pt"))
+        # A rank that there was not begins as one that there was.
+        set_rng_state(_load(ranks[self._groups.world.rank % len(ranks)]))
+        with _reading(path / STATE, ValueError, TypeError):  # no JSON, or other fields
+            trainer = TrainerState.load_from_json(str(path / STATE))
+        self._say(f"resumed from {path}{self._change_of_layout(path)}")
+        run = _load(path / _LOOP / "run.pt")
+        return Resumed(trainer=trainer, run=run, replicas=[_load(file) for file in replicas])
+
+    def _begin(self, path: Path) -> None:
+        """On rank 0 alone, so that no other makes a directory in one that is being removed."""
+        if self._groups.world.rank == 0:
+            if path.exists():  # left by a run that was killed, or by one that is being repeated
+                shutil.rmtree(path)
+            (path / _LOOP).mkdir(parents=True)
+
+    def _write_loop(self, path: Path, loop: LoopState) -> None:
+        groups, directory = self._groups, path / _LOOP
+        _dump(rng_state(), directory / f"rank_{groups.world.rank:05d}.pt")
+        if groups.is_dp_leader:
+            _dump(loop.replica, directory / f"replica_{groups.dp.rank:05d}.pt")
+        if groups.world.rank == 0:
+            _dump(dict(loop.run), directory / "run.pt")
+            loop.trainer.save_to_json(str(path / STATE))
+
+    def _write_tokenizer(self, path: Path, names: Iterable[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
+        if tokenizer is not None and self._groups.world.rank == 0:
+            for name in names:
+                tokenizer.save_pretrained(path / name / HUGGING_FACE)
+
+    def _declare_whole(self, path: Path, content: Mapping[str, Any], sums: Mapping[str, Mapping[str, str]]) -> None:
+        """The manifest, from the checksums of the engines' files that each rank wrote; then rotation."""
+        world = self._groups.world
+        mine = {f"{name}/{file}": value for name, files in sums.items() for file, value in files.items()}
+        checksums = {name: value for part in gather_objects(mine, world) for name, value in part.items()}
+
+        def declare() -> None:
+            if world.rank == 0:
+                manifest.write_manifest(path, content, checksums)
+                manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, path)
+
+        agree(declare, world)
+
+    def _change_of_layout(self, path: Path) -> str:
+        now, then = layout_of(self._args, self._groups), (manifest.read_manifest(path) or {}).get("layout", {})
+        changed = [f"{name} {before} -> {value}" for name, value, before in manifest.differences(now, then)]
+        return f" of another layout ({', '.join(changed)}): the same training within rounding" if changed else ""
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turns a full disk, a file in the directory's place and the like into a UserError."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            reason = str(error).strip().splitlines()[-1]  # CheckpointException tells of all ranks, with tracebacks
+            raise UserError(
+                f"cannot write the checkpoint {path} ({reason}); make room or choose another output_dir"
+            ) from error
 
 
-def rotate_checkpoints(output_dir: str, limit: int | None, newest: Path, world: Axis) -> None:
-    """Deletes the oldest checkpoints beyond `save_total_limit`, never the one just written."""
-    if not limit or world.rank != 0:
-        return
-    others = [path for path in checkpoints(output_dir) if path.name != newest.name]
-    for path in others[: max(0, len(others) + 1 - limit)]:
-        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
-        shutil.rmtree(path)
+def layout_of(args: Any, groups: ParallelGroups) -> dict[str, Any]:
+    """How the model is split, for whoever reads the manifest."""
+    axes = {"tp": groups.tp, "cp": groups.cp, "pp": groups.pp, "dp": groups.dp, "ep": groups.ep, "etp": groups.etp}
+    return {
+        **{name: axis.size for name, axis in axes.items()},
+        "vpp": args.num_chunks,
+        "sequence_parallel": args.sequence_parallel,
+        "num_layers_in_first_pipeline_stage": args.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": args.num_layers_in_last_pipeline_stage,
+    }
 
 
-def checkpoints(output_dir: str) -> list[Path]:
-    """All checkpoint-N directories in the order in which they were written; those that are not whole come first.
-
-    Not by step: an earlier, longer run in the same directory would be taken for the newest, and this run's own
-    checkpoints be rotated away.
-    """
-    found = [
-        (_written(path), int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-    ]
-    return [path for *_, path in sorted(found)]
+def _dump(value: Any, file: Path) -> None:
+    """torch.save, whose own writer answers a full disk with a RuntimeError of its archive."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    file.write_bytes(content.getbuffer())
 
 
-def _written(path: Path) -> float:
-    manifest = _manifest(path)
-    return 0.0 if manifest is None else float(manifest["written"])
+def _saved(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -> dict[str, str]:
+    with engine.kept_as_it_was():
+        return engine.save(str(path), special_tokens=special_tokens)
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """What the checkpoint says of itself; None where it is not whole, or the manifest itself is damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    whole = isinstance(manifest, dict) and all(
-        isinstance(manifest.get(name), kind) for name, kind in _MANIFEST_KINDS.items()
-    )
-    return manifest if whole else None
+def _begun(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -> Saving:
+    with engine.kept_as_it_was():
+        return engine.begin_save(str(path), special_tokens=special_tokens)
 
 
-def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value now and value then of each setting that is not the same; `model.hidden_size` of what is inside."""
-    for name, value in now.items():
-        before = then.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            yield from ((f"{name}.{inner}", *values) for inner, *values in _differences(value, before))
-        elif name not in then or before != value:
-            yield name, value, before
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns a full disk, a file in the directory's place and the like into a UserError."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]  # CheckpointException tells of all ranks, with tracebacks
-        raise UserError(
-            f"cannot write the checkpoint {path} ({reason}); make room or choose another output_dir"
-        ) from error
+def _load(file: Path) -> Any:
+    with _reading(file, *_DAMAGED), file.open("rb") as stream:
+        return load_data(stream, str(file), map_location="cpu")
 
 
 @contextmanager
@@ -192,33 +234,5 @@ def _reading(path: Path, *damage: type[BaseException]) -> Iterator[None]:
         yield
     except damage as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
-        raise UserError(f"{path} is damaged ({reason}); resume from another checkpoint") from error
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of Python's, numpy's and torch's generators on this rank, as tensors and plain values."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": (version, torch.tensor(words), gauss),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Puts the generators back where `rng_state` found them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _loop_file(path: Path, rank: int) -> Path:
-    return path / "loop" / f"rank_{rank:05d}.pt"
+        checkpoint = path.parent if path.parent.name != _LOOP else path.parent.parent
+        raise UserError(f"{path} is damaged ({reason}); {manifest.other_than(checkpoint)}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megalign.algos.importance import SAMPLING_COUNTS, rollout_importance_weights, sampling_metrics
 from megalign.batch import Batch, Completion, Counts
-from megalign.data.collate import completion_sequence, completion_sequences, packed_share
+from megalign.data.collate import completion_sequence, completion_sequences, packed_share, unpack
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import gather_rows, reduce_counts, reduce_metrics
 from megalign.rollout.engine import awake
@@ -105,6 +106,23 @@ class ExperienceMaker:
 
         share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
         return [replace(batch, rows=_dataset_rows(completions[row] for row in part)) for part, batch in share]
+
+    def dealt_anew(self, parts: Sequence[Minibatch]) -> Minibatch:
+        """One step's minibatch on this replica, from those of all the replicas of an earlier layout, in their order."""
+        sequences = [
+            sequence
+            for row in zip_longest(*(part.batches for part in parts))  # microbatches were dealt out round by round
+            for batch in row
+            if batch is not None
+            for sequence in unpack(batch)
+        ]
+
+        def sequences_of(some: list[int]) -> list[dict[str, Any]]:
+            return [sequences[number] for number in some]
+
+        micro_batch = self.args.per_device_train_batch_size
+        share = packed_share(range(len(sequences)), sequences_of, self.groups, micro_batch=micro_batch)
+        return replace(parts[0], batches=[batch for _, batch in share])
 
     def loss_tokens(self, completions: Sequence[Completion]) -> list[int]:
         """How many tokens of each completion count in the loss."""

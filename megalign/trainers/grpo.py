@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -115,7 +116,7 @@ class GRPOTrainer(GroupTrainer):
         """Also the entropy coefficient."""
         return {**super().loop_state(), "entropy": self.entropy.state_dict()}
 
-    def restore_loop_state(self, state: dict[str, Any]) -> None:
+    def restore_loop_state(self, state: Mapping[str, Any], replicas: Sequence[Any]) -> None:
         """Also the entropy coefficient."""
-        super().restore_loop_state(state)
+        super().restore_loop_state(state, replicas)
         self.entropy.load_state_dict(state["entropy"])

@@ -39,7 +39,7 @@ class KTOTrainer(PreferenceTrainer):
             dataset,
             self.processing_class,
             self.args,
-            block=self._global_batch,
+            block=self.rows_per_step,
             shuffle_seed=self.args.data_order_seed if shuffled else None,
             vocab_size=self.architecture.vocab_size,
         )

@@ -57,11 +57,7 @@ class OfflineTrainer(Trainer):
     def rows_needed(self) -> int | None:
         """Rows of all the steps that max_steps takes."""
         steps = self.max_steps()
-        return steps * self._global_batch if steps > 0 else None
-
-    @property
-    def _global_batch(self) -> int:
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.groups.dp.size
+        return steps * self.rows_per_step if steps > 0 else None
 
     def micro_steps_per_epoch(self) -> int:
         """Batches that a data-parallel rank takes in an epoch; the last may be short."""
@@ -72,7 +68,7 @@ class OfflineTrainer(Trainer):
         args = self.args
         sampler = EpochSampler(
             len(self.train_rows),
-            self._global_batch,
+            self.rows_per_step,
             seed=args.data_order_seed,
             shuffle=args.shuffle_dataset,
             keep_batches=self.keeps_batches,

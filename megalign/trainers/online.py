@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -242,6 +242,10 @@ class OnlineTrainer(Trainer):
 
     # ---- rounds, state
 
+    def settings(self) -> dict[str, Any]:
+        """The completions of a round."""
+        return {**super().settings(), "completions of a round": self.round_size}
+
     @property
     def round_size(self) -> int:
         """Completions between two generations."""
@@ -287,14 +291,18 @@ class OnlineTrainer(Trainer):
         return prepare_prompts(dataset, self.processing_class, self.args, **limits)
 
     def loop_state(self) -> dict[str, Any]:
-        """The optimizer steps that were sampled for but not yet taken."""
-        refill = {} if self.refill is None else {"refill": self.refill.state_dict()}
-        return {"schedule": [minibatch.state() for minibatch in self.schedule], **refill}
+        """Where dynamic sampling stands in the prompts."""
+        return {} if self.refill is None else {"refill": self.refill.state_dict()}
 
-    def restore_loop_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the middle of a round."""
+    def replica_state(self) -> list[dict[str, Any]]:
+        """The optimizer steps that were sampled for but not yet taken."""
+        return [minibatch.state() for minibatch in self.schedule]
+
+    def restore_loop_state(self, state: Mapping[str, Any], replicas: Sequence[Any]) -> None:
+        """Goes on in the middle of a round, its sequences dealt out to the replicas that there are now."""
         self.sampling.policy_changed()
-        self.schedule = [Minibatch.from_state(minibatch) for minibatch in state["schedule"]]
+        schedules = [[Minibatch.from_state(minibatch) for minibatch in schedule] for schedule in replicas]
+        self.schedule = [self.experience.dealt_anew(parts) for parts in zip(*schedules, strict=True)]
         if self.refill is not None:
             self.refill.load_state_dict(state["refill"])
 

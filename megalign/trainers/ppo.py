@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -247,9 +248,9 @@ class PPOTrainer(OnlineTrainer):
         """Also the KL coefficient."""
         return {**super().loop_state(), "kl": self.kl.state_dict()}
 
-    def restore_loop_state(self, state: dict[str, Any]) -> None:
+    def restore_loop_state(self, state: Mapping[str, Any], replicas: Sequence[Any]) -> None:
         """Also the KL coefficient."""
-        super().restore_loop_state(state)
+        super().restore_loop_state(state, replicas)
         self.kl.load_state_dict(state["kl"])
 
 

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.trainer_utils import align_special_tokens as transformers_align
 
 from megalign.conversion.families import architecture_of, rules_of
-from megalign.conversion.hf_files import HfReader, HfWriter, align_special_tokens, parse_size, read_config
+from megalign.conversion.hf_config import align_special_tokens
+from megalign.conversion.hf_files import HfReader, read_config
+from megalign.conversion.hf_writer import HfWriter, parse_size
 from megalign.conversion.rules import hf_shapes
 from megalign.errors import UserError
 from tests.tiny import save_tiny_model

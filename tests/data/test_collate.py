@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalign.batch import Completion
-from megalign.data.collate import completion_sequences, pack
+from megalign.batch import Batch, Completion
+from megalign.data.collate import completion_sequences, pack, unpack
 
 
 def completion(index: int, prompt: list[int], ids: list[int], **fields: object) -> Completion:
@@ -62,6 +62,33 @@ def test_columns_shorter_than_their_tokens_are_caught() -> None:
         pack([{"tokens": [1, 2], "x": [1.0]}])
     with pytest.raises(AssertionError, match="loss_mask: 3 values"):
         pack([{"tokens": [1, 2], "loss_mask": [True] * 3}])
+
+
+def test_an_unpacked_batch_packs_into_the_same_one_and_into_that_of_another_layout() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sequences = [
+        {
+            "tokens": torch.randint(3, 50, (length,), generator=draw),
+            "loss_mask": [True] * length,
+            "old_logprobs": torch.randn(length, generator=draw),
+            "temperature": 0.5 + number,
+        }
+        for number, length in enumerate([3, 8, 1])
+    ]
+    plain, zigzag = ({"multiple": 4}, {"multiple": 8, "sequence_multiple": 4})
+    batch = pack(sequences, **plain)
+    assert _same(pack(unpack(batch), **plain), batch)
+    assert _same(pack(unpack(batch), **zigzag), pack(sequences, **zigzag))
+    assert _same(pack(unpack(pack(sequences, **zigzag)), **plain), batch)
+    assert unpack(pack([], multiple=4)) == []
+
+
+def _same(first: Batch, second: Batch) -> bool:
+    names = [*first.token_columns, *first.sequence_columns]
+    assert names == [*second.token_columns, *second.sequence_columns]
+    pairs = [(first.tokens, second.tokens), (first.cu_seqlens, second.cu_seqlens)]
+    pairs += [(first[name], second[name]) for name in names]
+    return all(torch.equal(one, other) for one, other in pairs) and first.num_sequences == second.num_sequences
 
 
 def test_completions_are_trained_on_and_prompts_are_not() -> None:

@@ -188,7 +188,7 @@ def test_rows_become_tokens_and_none_is_too_long(kind: str, tokenizer: PreTraine
         args=args,
         processing_class=tokenizer,
         architecture=SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=8192),
-        _global_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        rows_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
     )
     _, name = cli.COMMANDS[kind].trainer.split(":")
     prepared = getattr(megalign, name).tokenized(trainer, rows, for_evaluation=False)

@@ -91,9 +91,7 @@ def _environment(rank: int, world: int, port: int, temporary: Path) -> dict[str,
     }
 
 
-def _rank(
-    environ: dict[str, str], cwd: str, place: Path, words: list[str], first: Callable[[], None] | None
-) -> None:
+def _rank(environ: dict[str, str], cwd: str, place: Path, words: list[str], first: Callable[[], None] | None) -> None:
     # Progress bars of several ranks must not overwrite what another has written.
     os.dup2(os.open(place / "stderr", os.O_WRONLY | os.O_APPEND), 2)
     os.dup2(os.open(place / "stdout", os.O_WRONLY | os.O_APPEND), 1)

@@ -46,7 +46,7 @@ def engine_of(path: str, layout: Layout, **fields: Any) -> TrainEngine:
 def gradients(engine: TrainEngine) -> dict[str, Tensor]:
     pipeline.train(
         engine._chunks,
-        [batch()],
+        engine._placed([batch()]),
         engine._stage,
         engine._head,
         lambda columns, rows: sft_loss(columns, rows, COUNTS),

@@ -63,7 +63,7 @@ def gradients(path: str, layout: Layout, masked: bool, coefficient: float | None
     counts = Counts(tokens=1.0, sequences=1.0)
     pipeline.train(
         engine._chunks,
-        batches,
+        engine._placed(batches),
         engine._stage,
         engine._head,
         lambda columns, batch: no_loss(columns, batch, counts),

@@ -43,7 +43,7 @@ def gradients(engine: TrainEngine) -> dict[str, Tensor]:
     counts = Counts(tokens=44.0, sequences=4.0, generation_tokens=44.0)
     pipeline.train(
         engine._chunks,
-        [random_batch(0), random_batch(1)],
+        engine._placed([random_batch(0), random_batch(1)]),
         engine._stage,
         engine._head,
         lambda columns, rows: sft_loss(columns, rows, counts),

@@ -12,13 +12,13 @@ from tests.jobs.inputs import save_model, sums, write_rows
 from tests.jobs.start import ROOT, run
 from tools.benchmark import Pair, Step, digit_share, make_rows, num_parameters, read_rows, summarize
 
-KEYS = {"job", "engine", "median_s", "tokens_per_s", "ratio", "peak_rss"}
+KEYS = {"job", "engine", "median_s", "tokens_per_s", "ratio", "peak_rss", "peak_device"}
 
 
 def test_the_ratio_is_the_median_over_pairs_not_the_ratio_of_medians() -> None:
     # The machine was three times slower during the second pair: 2/1, 9/3 and 4/2 are what may be compared.
     seconds = [(1.0, 2.0), (3.0, 9.0), (2.0, 4.0)]
-    pairs = [Pair(megalign=Step(ours, 5.0, 600, 1.0), trl=Step(trls, 9.0, 600, 1.0)) for ours, trls in seconds]
+    pairs = [Pair(megalign=Step(ours, 5.0, 600, 1.0, 7), trl=Step(trls, 9.0, 600, 1.0)) for ours, trls in seconds]
     ours, trls = summarize("sft", pairs, {"megalign": 10, "trl": 20})
     assert ours == {
         "job": "sft",
@@ -27,6 +27,7 @@ def test_the_ratio_is_the_median_over_pairs_not_the_ratio_of_medians() -> None:
         "tokens_per_s": 300.0,
         "ratio": 2.0,
         "peak_rss": 10,
+        "peak_device": 7,
     }
     assert trls == {
         "job": "sft",
@@ -35,6 +36,7 @@ def test_the_ratio_is_the_median_over_pairs_not_the_ratio_of_medians() -> None:
         "tokens_per_s": 120.0,
         "ratio": 1.0,
         "peak_rss": 20,
+        "peak_device": 0,
     }
 
 

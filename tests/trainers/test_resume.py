@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from transformers import TrainerCallback
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
-from megalign.trainers import checkpointing
+from megalign.trainers import generators, manifest
+from megalign.trainers.manifest import checkpoints, find_checkpoint
 from megalign.trainers.sft import SFTTrainer
 from tests.megatron_version import wanted_version
 from tests.ranks import run_ranks
@@ -56,10 +58,13 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world: int, model: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    world: int, in_background: bool, model: str, tmp_path: Path
+) -> None:
     whole = _fields(tmp_path / "whole", **LAYOUTS[world])
-    parts = _fields(tmp_path / "parts", **LAYOUTS[world])
+    parts = _fields(tmp_path / "parts", **LAYOUTS[world], async_save=in_background)
     expected = run_ranks(world, train_sft, model, ROWS, whole)[0]
     first = run_ranks(world, train_sft, model, ROWS, parts, {"stop": StopAt(3)})[0]
     assert first["output"].global_step == 3
@@ -152,7 +157,7 @@ def test_what_one_rank_decides_between_two_collectives_all_ranks_do(model: str, 
 
 def test_only_the_newest_checkpoints_are_kept(model: str, tmp_path: Path) -> None:
     run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, save_steps=1, save_total_limit=2))
-    assert [path.name for path in checkpointing.checkpoints(str(tmp_path))] == ["checkpoint-5", "checkpoint-6"]
+    assert [path.name for path in checkpoints(str(tmp_path))] == ["checkpoint-5", "checkpoint-6"]
 
 
 def test_a_run_that_ended_within_an_epoch_can_be_made_longer(model: str, tmp_path: Path) -> None:
@@ -168,29 +173,29 @@ def test_a_run_that_ended_within_an_epoch_can_be_made_longer(model: str, tmp_pat
 def test_an_earlier_longer_run_in_the_directory_is_not_the_latest(model: str, tmp_path: Path) -> None:
     run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, max_steps=6, save_steps=6))
     run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, max_steps=3, save_steps=1, save_total_limit=2))
-    assert [path.name for path in checkpointing.checkpoints(str(tmp_path))] == ["checkpoint-2", "checkpoint-3"]
-    assert checkpointing.find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-3"
+    assert [path.name for path in checkpoints(str(tmp_path))] == ["checkpoint-2", "checkpoint-3"]
+    assert find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-3"
 
 
 def test_a_checkpoint_without_manifest_is_not_the_latest(model: str, tmp_path: Path) -> None:
     run_ranks(1, train_sft, model, ROWS, _fields(tmp_path, save_steps=2))
     (tmp_path / "checkpoint-6" / "manifest.json").unlink()
-    assert checkpointing.find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-4"
+    assert find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-4"
     with pytest.raises(UserError, match="checkpoint-6 has no manifest.json"):
-        checkpointing.find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-6"))
+        find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-6"))
 
 
-def test_the_manifest_lists_every_file_with_its_size(model: str, tmp_path: Path) -> None:
+def test_the_manifest_lists_every_file_with_its_checksum(model: str, tmp_path: Path) -> None:
     run_ranks(2, train_sft, model, ROWS, _fields(tmp_path, tensor_model_parallel_size=2))
     path = tmp_path / "checkpoint-3"
-    manifest = json.loads((path / "manifest.json").read_text())
-    files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    content = json.loads((path / "manifest.json").read_text())
+    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     files.pop("manifest.json")
-    assert manifest["files"] == files
-    assert {"trainer_state.json", "loop/rank_00000.pt", "loop/rank_00001.pt"} <= files.keys()
-    (path / "loop" / "rank_00001.pt").write_bytes(b"cut")
-    with pytest.raises(UserError, match="rank_00001.pt has 3 bytes where its manifest says"):
-        checkpointing.check_checkpoint(path, manifest["settings"])
+    assert content["files"] == {
+        name: {"bytes": len(data), "xxh3_128": xxhash.xxh3_128_hexdigest(data)} for name, data in files.items()
+    }
+    assert {"trainer_state.json", "loop/run.pt", "loop/replica_00000.pt", "loop/rank_00001.pt"} <= files.keys()
+    assert content["layout"]["tp"] == 2
 
 
 def _resume_error(path: str, fields: dict[str, Any], rows: list[dict[str, Any]] = ROWS) -> str:
@@ -204,16 +209,15 @@ def _resume_error(path: str, fields: dict[str, Any], rows: list[dict[str, Any]] 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1 but .* was made with 2"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps x data-parallel ranks is 2 but .* with 4"),
         ({"seed": 7}, "seed is 7 but .* was made with 42"),
         ({"max_length": 8}, "max_length is 8 but .* was made with 1024"),
         ({"completion_only_loss": False}, "train_dataset is 14 rows .* but .* was made with 14 rows"),
-        ({"tensor_model_parallel_size": 2}, "world_size is 2 but .* was made with 1"),
+        ({"bf16": True}, "params_dtype_name is bfloat16 but .* was made with float32"),
     ],
 )
-def test_another_layout_or_other_data_is_named(model: str, made: Path, changed: dict[str, Any], message: str) -> None:
-    world = changed.get("tensor_model_parallel_size", 1)
-    error = run_ranks(world, _resume_error, model, _fields(made, **changed))[0]
+def test_other_data_or_steps_are_named(model: str, made: Path, changed: dict[str, Any], message: str) -> None:
+    (error,) = run_ranks(1, _resume_error, model, _fields(made, **changed))
     assert re.search(message, error), error
 
 
@@ -240,17 +244,56 @@ if wanted_version().startswith("0.16."):  # a newer Megatron-Core writes what wa
     ENGINE_FILES.append("engine/common.pt")
 
 
-@pytest.mark.parametrize("file", [*ENGINE_FILES, "loop/rank_00000.pt", "trainer_state.json"])
-@pytest.mark.parametrize("damage", ["zeros", "text", "half"])
-def test_a_damaged_file_is_named(damage: str, file: str, model: str, made: Path, tmp_path: Path) -> None:
+LOOP_FILES = ["loop/run.pt", "loop/replica_00000.pt", "loop/rank_00000.pt", "trainer_state.json"]
+
+
+def _flip_a_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("file", [*ENGINE_FILES, *LOOP_FILES])
+def test_a_damaged_file_is_named_and_an_older_checkpoint_offered(
+    file: str, model: str, made: Path, tmp_path: Path
+) -> None:
+    older = shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-2")
     damaged = shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-3") / file
+    _renew(older, written=0.0)
     content = damaged.read_bytes()
-    size = len(content)
-    made_of = {"zeros": bytes(size), "text": (b"{ " * size)[:size], "half": content[: size // 2].ljust(size, b"\0")}
-    damaged.write_bytes(made_of[damage])
+    before = _all_bytes(tmp_path)
+    for changed, fault in [
+        (content[:-1], f"has {len(content) - 1} bytes where its manifest says {len(content)}"),
+        (_flip_a_bit(content), "is damaged: its checksum is not the one in its manifest"),
+    ]:
+        damaged.write_bytes(changed)
+        (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
+        assert error == f"{damaged} {fault}; resume_from_checkpoint={older} is the newest whole one beside it"
+    damaged.write_bytes(content)
+    assert _all_bytes(tmp_path) == before, "a refused checkpoint is left as it is"
+
+
+@pytest.mark.parametrize("file", [*ENGINE_FILES, *LOOP_FILES])
+def test_a_file_that_was_damaged_before_it_was_summed_up_is_named(
+    file: str, model: str, made: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-3")
+    (checkpoint / file).write_bytes(bytes((checkpoint / file).stat().st_size))
+    _renew(checkpoint)
     (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
-    named = damaged.parent if file.startswith("engine") else damaged
-    assert error.startswith(f"{named} is damaged (") and error.endswith("; resume from another checkpoint")
+    named = checkpoint / "engine" if file.startswith("engine") else checkpoint / file
+    assert error.startswith(f"{named} is damaged (") and "; there is no other whole checkpoint beside it" in error
+
+
+def _renew(checkpoint: Path, **changes: Any) -> None:
+    """A manifest of the files as they are."""
+    then = json.loads((checkpoint / "manifest.json").read_text())
+    manifest.write_manifest(checkpoint, then, {})
+    now = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps({**now, **changes}))
+
+
+def _all_bytes(directory: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[1]"])
@@ -258,9 +301,9 @@ def test_a_checkpoint_with_a_damaged_manifest_is_not_whole(content: str, made: P
     for step in (3, 4):
         shutil.copytree(made / "checkpoint-3", tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-4" / "manifest.json").write_text(content)
-    assert checkpointing.find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-3"
-    with pytest.raises(UserError, match="checkpoint-4/manifest.json is damaged; resume from"):
-        checkpointing.find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-4"))
+    assert find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-3"
+    with pytest.raises(UserError, match="checkpoint-4/manifest.json is damaged; resume_from_checkpoint=.*-3 is"):
+        find_checkpoint(str(tmp_path), str(tmp_path / "checkpoint-4"))
 
 
 def _adam_of_a_resumed_run(path: str, fields: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -321,7 +364,7 @@ def test_generators_come_back_where_they_were(tmp_path: Path) -> None:
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     np.random.standard_normal()  # leaves a cached second normal
     random.gauss(0, 1)
-    torch.save(checkpointing.rng_state(), tmp_path / "rng.pt")
+    torch.save(generators.rng_state(), tmp_path / "rng.pt")
 
     def draw() -> tuple[Any, ...]:
         return (
@@ -333,5 +376,5 @@ def test_generators_come_back_where_they_were(tmp_path: Path) -> None:
 
     expected = draw()
     draw()
-    checkpointing.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    generators.set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
     assert draw() == expected

@@ -1,0 +1,152 @@
+"""What makes checkpoint-{step}/ a checkpoint: its manifest, which lists every file with its checksum, written last.
+
+A directory without one is not whole and is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megalign.errors import UserError
+from megalign.model.checkpoint import checksum
+from megalign.parallel.control import gather_objects
+from megalign.parallel.groups import Axis
+
+MANIFEST = "manifest.json"
+LATEST = "latest"
+_KINDS = {"step": int, "written": float, "settings": dict, "layout": dict, "files": dict}
+
+
+def write_manifest(path: Path, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
+    """Declares the checkpoint whole. Files that are not among the `checksums` are summed up here."""
+    files = {
+        name: {"bytes": file.stat().st_size, "xxh3_128": checksums.get(name) or checksum(file)}
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and (name := str(file.relative_to(path))) != MANIFEST
+    }
+    unfinished = path / f"{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps({**content, "written": time.time(), "files": files}, indent=1))
+    unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What the checkpoint says of itself; None where it is not whole, or the manifest itself is damaged."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    is_whole = isinstance(manifest, dict) and all(isinstance(manifest.get(name), kind) for name, kind in _KINDS.items())
+    return manifest if is_whole else None
+
+
+def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` means: a path, or the newest whole one for "latest" or True."""
+    if resume is None or resume is False or resume == "":
+        return None
+    if resume is True or resume == LATEST:
+        whole = whole_checkpoints(output_dir)
+        return whole[-1] if whole else None
+    path = Path(str(resume))
+    if not path.is_dir():
+        raise UserError(
+            f"resume_from_checkpoint={resume} is not a directory; give a checkpoint-N directory or {LATEST}"
+        )
+    if not (path / MANIFEST).exists():
+        raise UserError(f"{path} has no {MANIFEST}, so it was not written to its end; {other_than(path)}")
+    if read_manifest(path) is None:
+        raise UserError(f"{path / MANIFEST} is damaged; {other_than(path)}")
+    return path
+
+
+def other_than(path: Path) -> str:
+    """The way out of a checkpoint that cannot be used."""
+    others = [other for other in whole_checkpoints(path.parent) if other.name != path.name]
+    if not others:
+        return "there is no other whole checkpoint beside it: start without resume_from_checkpoint"
+    return f"resume_from_checkpoint={others[-1]} is the newest whole one beside it"
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises unless the checkpoint was made with these settings (JSON's types)."""
+    then = _manifest_of(path)["settings"]
+    for name, value, before in differences(json.loads(json.dumps(dict(settings))), then):
+        raise UserError(
+            f"{name} is {value} but {path} was made with {before}; resuming needs the same models, data and rows of "
+            f"an optimizer step: set {name} back, or start without resume_from_checkpoint"
+        )
+
+
+def check_files(path: Path, world: Axis) -> None:
+    """Raises on every rank unless every file is what the manifest says; each rank reads its share. Collective."""
+    files = list(_manifest_of(path)["files"].items())
+    fault = next(filter(None, (_fault(path / name, then) for name, then in files[world.rank :: world.size])), None)
+    for told in filter(None, gather_objects(fault, world)):
+        raise UserError(f"{told}; {other_than(path)}")
+
+
+def _fault(file: Path, then: Mapping[str, Any]) -> str | None:
+    try:
+        size = file.stat().st_size if file.exists() else "no"
+        if size != then["bytes"]:
+            return f"{file} has {size} bytes where its manifest says {then['bytes']}"
+        if checksum(file) != then["xxh3_128"]:
+            return f"{file} is damaged: its checksum is not the one in its manifest"
+    except OSError as error:
+        return f"{file} cannot be read ({error})"
+    return None
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value now and value then of each setting that is not the same; `model.hidden_size` of what is inside."""
+    for name, value in now.items():
+        before = then.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            yield from ((f"{name}.{inner}", *values) for inner, *values in differences(value, before))
+        elif name not in then or before != value:
+            yield name, value, before
+
+
+def rotate_checkpoints(output_dir: str, limit: int | None, newest: Path) -> None:
+    """Deletes the oldest checkpoints beyond `save_total_limit`, never the one just written."""
+    if not limit:
+        return
+    others = [path for path in checkpoints(output_dir) if path.name != newest.name]
+    for path in others[: max(0, len(others) + 1 - limit)]:
+        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
+        shutil.rmtree(path)
+
+
+def whole_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Those of `checkpoints` that can be resumed from."""
+    return [path for path in checkpoints(output_dir) if read_manifest(path) is not None]
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """All checkpoint-N directories in the order in which they were written; those that are not whole come first.
+
+    Not by step: an earlier, longer run in the same directory would be taken for the newest, and this run's own
+    checkpoints be rotated away.
+    """
+    found = [
+        (_written(path), int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    ]
+    return [path for *_, path in sorted(found)]
+
+
+def _written(path: Path) -> float:
+    manifest = read_manifest(path)
+    return 0.0 if manifest is None else float(manifest["written"])
+
+
+def _manifest_of(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    assert manifest is not None, "find_checkpoint gives no other"
+    return manifest

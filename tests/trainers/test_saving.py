@@ -1,0 +1,96 @@
+"""Checkpoints that are written while training goes on, and writing that fails."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from megalign.config import SFTConfig
+from megalign.errors import UserError
+from megalign.model import checkpoint
+from megalign.trainers.manifest import whole_checkpoints
+from megalign.trainers.sft import SFTTrainer
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny_model
+from tests.trainers.runs import sft_fields, token_rows
+
+ROWS = token_rows(14)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+class _LetsGo(TrainerCallback):
+    """Lets the writers go on after step 4, and notes which checkpoints are whole after each step."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate, self.whole = gate, {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each step."""
+        self.whole[state.global_step] = [path.name for path in whole_checkpoints(args.output_dir)]
+        if state.global_step == 4:
+            self.gate.touch()
+
+
+def _train_beside_a_slow_disk(model: str, fields: dict[str, Any], gate: str) -> tuple[dict[int, list[str]], int]:
+    real = checkpoint._write
+
+    def write(*args: Any) -> None:
+        while not Path(gate).exists():
+            time.sleep(0.01)
+        real(*args)
+
+    checkpoint._write = write
+    callback = _LetsGo(Path(gate))
+    try:
+        trainer = SFTTrainer(model, SFTConfig(**sft_fields(**fields)), train_dataset=ROWS, callbacks=[callback])
+        trainer.train()
+    finally:
+        checkpoint._write = real
+    return callback.whole, trainer.state.global_step
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(model: str, tmp_path: Path) -> None:
+    fields = {"output_dir": str(tmp_path / "out"), "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    fields |= {"async_save": True, "tensor_model_parallel_size": 2, "save_total_limit": 2}
+    for whole, last_step in run_ranks(2, _train_beside_a_slow_disk, model, fields, str(tmp_path / "gate")):
+        # The second save waits for the first, the end of the run for the last.
+        assert whole[2] == whole[3] == whole[4] == []
+        assert whole[5] == ["checkpoint-2"]
+        assert last_step == 6
+    assert [path.name for path in whole_checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-6"]
+
+
+def _train_on_a_full_disk(model: str, fields: dict[str, Any], limit: int) -> str:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = SFTTrainer(model, SFTConfig(**sft_fields(**fields)), train_dataset=ROWS)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))  # what does not fit fails as on a full disk
+    try:
+        trainer.train()
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "no error"
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["sync", "async"])
+def test_a_full_disk_is_one_sentence_and_leaves_the_older_checkpoint(
+    in_background: bool, model: str, tmp_path: Path
+) -> None:
+    fields = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    fields |= {"tensor_model_parallel_size": 2, "async_save": in_background}
+    run_ranks(2, _train_on_a_full_disk, model, {**fields, "max_steps": 2}, resource.RLIM_INFINITY)
+    fields |= {"max_steps": 4, "resume_from_checkpoint": "latest"}
+    for error in run_ranks(2, _train_on_a_full_disk, model, fields, 4096):
+        assert error.startswith(f"cannot write the checkpoint {tmp_path}/checkpoint-4 (")
+        assert "File too large" in error and error.endswith("; make room or choose another output_dir")
+    assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-2"]
