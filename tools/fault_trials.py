@@ -34,6 +34,7 @@ from typing import Any, Protocol
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tiny model and the ways to start a job are the tests'
 
+from megalign.liveness.node import started  # noqa: E402
 from tests.jobs.forked import forked_job  # noqa: E402
 from tests.jobs.inputs import save_model, sums, write_rows  # noqa: E402
 from tests.jobs.start import environment, free_port  # noqa: E402
@@ -219,16 +220,19 @@ def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, d
     ranks = LAYOUTS[layout][0]
     words = words_of(layout, output_dir)
     with LAUNCHERS[launcher](words, here, ranks) as job:
-        _await_moment(job, output_dir, victim, phase, draw)
+        if not _await_moment(job, output_dir, victim, phase, draw):
+            return None
         moment = _moment(output_dir)
         process = job.process(victim)
-        if process is None:
+        if process is None or started(process) is None:
             return None
         os.kill(process, signal.SIGKILL)
         killed = time.monotonic()
         statuses = job.wait(LIMIT + 15)
         gone = time.monotonic() - killed if None not in statuses else float("inf")
         stderr = job.stderr
+        if not {*statuses} - {0, -signal.SIGKILL}:  # the others were at their own ends, and had nobody to wait for
+            return None
     taken = _steps_taken(output_dir)
     with forked(words, here, ranks) as job:
         resumed = job.wait(600)
@@ -253,14 +257,17 @@ def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, d
     return trial
 
 
-def _await_moment(job: Job, output_dir: Path, victim: int, phase: str, draw: random.Random) -> None:
-    """Returns in the phase, at a random moment of it."""
+def _await_moment(job: Job, output_dir: Path, victim: int, phase: str, draw: random.Random) -> bool:
+    """Returns in the phase, at a random moment of it; False where the run was over before it was seen in it."""
     reached = _conditions(job, output_dir, victim, draw.randint(1, STEPS - 1))[phase]
     end = time.monotonic() + 600
     while not reached():
+        if set(job.wait(0)) == {0}:
+            return False
         assert time.monotonic() < end and None in job.wait(0), f"{phase} was never reached\n{job.stderr}"
         time.sleep(0.001)
     time.sleep(draw.uniform(0, {"start": 3.0, "step": 0.2, "save": 0.01, "end": 0.05}[phase]))
+    return True
 
 
 def _conditions(job: Job, output_dir: Path, victim: int, step: int) -> dict[str, Callable[[], bool]]:

@@ -9,12 +9,17 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from megalign.liveness.reason import Reason
 
 _REASON = "reason"
+# A process that was gone before this one came is of the same job if it started about when this one did, and if nobody
+# takes its place: a job that was started again is not ended by what the one before has left.
+_TOGETHER = 60.0  # seconds
+_PATIENCE = 15.0
 
 
 class Peer(NamedTuple):
@@ -38,12 +43,13 @@ class Node:
             (self._directory / _REASON).unlink(missing_ok=True)
             self._left.unlink(missing_ok=True)
         unfinished = self._directory / f"{rank}.new"
-        unfinished.write_text(f"{os.getpid()} {started(os.getpid())}")
+        self._started, self._came = started(os.getpid()), time.monotonic()
+        unfinished.write_text(f"{os.getpid()} {self._started}")
         unfinished.rename(self._mine)
         self._began = self._mine.stat().st_mtime_ns
         # Seen with this rank's own eyes: files of an earlier job tell of processes that are long gone.
         self._alive: dict[int, Peer] = {}
-        self._sees = started(os.getpid()) is not None  # not every system has /proc
+        self._sees = self._started is not None  # not every system has /proc
 
     def dead(self) -> list[Peer]:
         """The peers that left without a word."""
@@ -62,8 +68,14 @@ class Node:
         if started(peer.process) == peer.started:
             self._alive[peer.rank] = peer
             return None
-        known = peer.rank in self._alive or began >= self._began
+        known = peer.rank in self._alive or began >= self._began or self._began_together(peer)
         return peer if known and file.exists() else None
+
+    def _began_together(self, peer: Peer) -> bool:
+        if peer.rank >= self._world or time.monotonic() - self._came < _PATIENCE:
+            return False
+        ticks = int(self._started) - int(peer.started)
+        return ticks < _TOGETHER * os.sysconf("SC_CLK_TCK")
 
     def announce(self, reason: Reason) -> bool:
         """Tells the node's ranks to leave; whether this rank is the first to say so."""

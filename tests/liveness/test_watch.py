@@ -20,7 +20,7 @@ import os, sys, time
 from pathlib import Path
 
 from megalign import liveness
-from megalign.errors import UserError
+from megalign.liveness import node
 from megalign.failure import report_error
 
 class Store:  # what torch.distributed's does, through files
@@ -38,10 +38,13 @@ def everybody(name):
     while len(list(Path().glob(f"{name}.*"))) < world:
         time.sleep(0.01)
 
+node._PATIENCE = 1.0
 rank, world, how = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
 liveness.start(rank, world)
 if "joined" in how:
     liveness.join(Store())
+if "dies" in how:
+    exec("os.kill(os.getpid(), 9)" if rank == 0 else "time.sleep(60)")
 everybody("here")
 time.sleep(0.6)  # everybody has looked at everybody
 exec({
@@ -73,7 +76,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def ranks(how: str, place: Path, *, world: int = 3, nodes: int = 1) -> Iterator[Ranks]:
+def ranks(how: str, place: Path, *, world: int = 3, nodes: int = 1, pause: float = 0) -> Iterator[Ranks]:
     """Each of several nodes has a directory for temporary files of its own."""
     for node in range(nodes):
         (place / f"node{node}").mkdir(exist_ok=True)
@@ -81,7 +84,8 @@ def ranks(how: str, place: Path, *, world: int = 3, nodes: int = 1) -> Iterator[
     shared = {**os.environ, "PYTHONPATH": root, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     with (place / "stderr").open("ab") as stderr:
         processes = [
-            subprocess.Popen(
+            time.sleep(pause * rank)
+            or subprocess.Popen(
                 [sys.executable, "-c", RANK, how],
                 cwd=place,
                 env={**shared, "RANK": str(rank), "TMPDIR": str(place / f"node{rank % nodes}")},
@@ -117,6 +121,13 @@ def test_a_killed_rank_is_named_by_every_node_and_ends_all(how: str, nodes: int,
     where = f"process {job.processes[victim].pid}" if nodes == 1 else "its connection is closed"
     assert len(lines) == (1 if nodes == 1 else 2)
     assert all(f"rank {victim} ({where}) has died" in line for line in lines), lines
+
+
+def test_a_rank_that_died_before_another_came_is_named(tmp_path: Path) -> None:
+    with ranks("dies first", tmp_path, world=2, pause=1.5) as job:
+        assert job.statuses() == [-9, 1]
+    (line,) = error_lines(job.stderr)
+    assert f"rank 0 (process {job.processes[0].pid}) has died" in line
 
 
 def test_two_that_die_at_once_are_both_named(tmp_path: Path) -> None:
