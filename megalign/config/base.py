@@ -16,8 +16,10 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from megalign.config.refused import RENAMED, Refusal, is_inert
-from megalign.config.values import check, check_range
+from megalign.config.values import check, check_range, shown
 from megalign.errors import UserError
+
+_LONGEST_NAME = 100  # no field's is near it
 
 C = TypeVar("C", bound=type)
 
@@ -30,11 +32,11 @@ def config(cls: C) -> C:
     generated = cls.__init__
 
     @functools.wraps(generated)
-    def checked_init(self: Config, *positional: Any, **values: Any) -> None:
+    def checked_init(self: Config, /, *positional: Any, **values: Any) -> None:
         if positional:
             raise UserError(
-                f"{type(self).__name__}({positional[0]!r}): fields are given by name; "
-                f"write output_dir={positional[0]!r} if that is what is meant"
+                f"{type(self).__name__}({shown(positional[0])}): fields are given by name; "
+                f"write output_dir={shown(positional[0])} if that is what is meant"
             )
         generated(self, **known_values(type(self), values))
 
@@ -90,7 +92,7 @@ def known_values(cls: type[Config], values: Mapping[str, Any]) -> dict[str, Any]
             raise unknown_name([cls], name)
         refusal = cls.refused[name]
         if not is_inert(refusal, value):
-            raise UserError(f"{name}={value!r} is refused: {refusal}")
+            raise UserError(f"{name}={shown(value)} is refused: {refusal}")
     return {name: value for name, value in values.items() if name in known}
 
 
@@ -109,6 +111,8 @@ def unknown_name(classes: Sequence[type], name: str, others: Iterable[str] = ())
     """The error for a name that is no field of any of the classes and not refused, with the nearest right one."""
     known = [field_name for cls in classes for field_name in specs(cls)]
     owners = " or ".join(cls.__name__ for cls in classes)
+    if not name.isidentifier() or len(name) > _LONGEST_NAME:
+        return UserError(f"{shown(name)} is no name of a field of {owners}; --help lists every field")
     present = present_name(name, known)
     if present is not None:
         return UserError(f"{name} is not a field of {owners}: its name is {present}; write {present}")

@@ -11,6 +11,7 @@ from megalign.config.values import option
 from megalign.errors import UserError
 
 _INTERVALS = ("no", "steps", "epoch")
+_LARGEST_SEED = 2**32 - 1  # numpy's
 _SCHEDULES = (
     "linear",
     "cosine",
@@ -104,9 +105,9 @@ class LoopConfig(ComputeConfig):
     """A step whose loss or gradient is not finite on any rank is skipped on all: no weight and no optimizer state
     changes, learning rate and rows go on, and the log counts it (skipped_steps) and names its dataset rows. After more
     than this many in a row the run saves a checkpoint and ends with an error; 0 allows none. TRL goes on with NaN."""
-    seed: int = option(42, minimum=0)
+    seed: int = option(42, minimum=0, maximum=_LARGEST_SEED)
     """Seed of initialisation, data order and sampling."""
-    data_seed: int | None = option(None, minimum=0)
+    data_seed: int | None = option(None, minimum=0, maximum=_LARGEST_SEED)
     """Seed of the data order alone; seed when not given."""
     logging_strategy: str = option("steps", choices=_INTERVALS)
     """When metrics go to the progress display, the reporters and metrics.jsonl: no, steps or epoch."""
@@ -150,7 +151,7 @@ class LoopConfig(ComputeConfig):
     when its manifest.json is there. Takes host memory for what is written, up to weights and optimizer once more."""
     resume_from_checkpoint: str | None = None
     """Checkpoint directory to go on from, or latest (in output_dir; starts afresh when there is none)."""
-    ddp_timeout: int = option(1800, minimum=1)
+    ddp_timeout: int = option(1800, minimum=1, maximum=365 * 24 * 3600)
     """Seconds that a rank may wait for the others in a collective, or stand still otherwise, while it trains; then the
     job ends, and every rank's stack is in output_dir/stacks/."""
 
@@ -211,6 +212,8 @@ class LoopConfig(ComputeConfig):
                 "(steps or epoch) or eval_on_start, or drop it"
             )
         self._validate_datasets()
+        if not self.output_dir.strip():
+            raise UserError(f"output_dir={self.output_dir!r} names no directory; give one, e.g. output_dir=run")
         if self.max_steps == 0:
             raise UserError("max_steps=0 leaves nothing to train; give a number above 0, or -1 for num_train_epochs")
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):

@@ -1,13 +1,12 @@
 """Values of config fields: read from text (command line, YAML), checked against type, choices and range.
 
-Standard library only; yaml is imported when a list or a mapping is read from text.
+Standard library only.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -16,9 +15,12 @@ from enum import Enum
 from numbers import Integral, Real
 from typing import Any
 
+from megalign.config.yaml_text import from_yaml
 from megalign.errors import UserError
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_TOO_LARGE = 2**63
+LONGEST = 200  # characters of a value in an error
 _ASKED_FOR = {bool: "True or False", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
@@ -113,46 +115,13 @@ def parse(name: str, annotation: Any, text: str) -> Any:
             return loaded
     if str in members:
         return text
-    raise UserError(f"{name}={text!r} must be {asked_for(annotation)}; {_example(name, members)}")
+    raise UserError(f"{name}={shown(text)} must be {asked_for(annotation)}; {_example(name, members)}")
 
 
 def _example(name: str, members: list[Any]) -> str:
     """The way out of a wrong value: a line that is right."""
     examples = {bool: "true", int: "8", float: "1e-5", str: "text", dict: "'{key: value}'"}
     return f"write e.g. --{name} {examples.get(members[0], 'first second')}"
-
-
-def load_yaml(text: str) -> Any:
-    """yaml.safe_load that also knows 1e-5 as a number, which YAML 1.1 takes for text, and refuses a key that a
-    mapping has twice, of which the last would win.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-            node = super().compose_mapping_node(anchor)  # before `<<` brings in keys that may be overridden
-            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for place, name in enumerate(names):
-                if name in names[:place]:
-                    raise UserError(f"{name!r} is given twice in one mapping; give it once")
-            return node
-
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
-    return yaml.load(text, Loader)  # a SafeLoader
-
-
-def from_yaml(text: str) -> Any:
-    """The YAML value of one command-line word, or the word itself when it is not YAML; None may be spelt
-    None.
-    """
-    import yaml
-
-    try:
-        loaded = load_yaml(text)
-    except yaml.YAMLError:
-        return text
-    return None if loaded == "None" else loaded
 
 
 def check(name: str, annotation: Any, value: Any) -> Any:
@@ -170,10 +139,11 @@ def check(name: str, annotation: Any, value: Any) -> Any:
     checked = _matching(name, members, value)
     if checked is None:
         rule = f"must be {asked_for(annotation)}"
-        raise UserError(f"{name}={value!r} ({type(value).__name__}) {rule}; {_example(name, members)}")
+        raise UserError(f"{name}={shown(value)} ({type(value).__name__}) {rule}; {_example(name, members)}")
+    _check_plain(name, checked)
     named = literals(annotation)
     if named and checked not in named:
-        raise UserError(f"{name}={checked!r} is unknown; legal: {', '.join(map(repr, named))}")
+        raise UserError(f"{name}={shown(checked)} is unknown; legal: {', '.join(map(repr, named))}")
     return checked
 
 
@@ -184,7 +154,7 @@ def _matching(name: str, members: list[Any], value: Any) -> Any:
     if isinstance(value, Integral) and int in members:
         return int(value)
     if isinstance(value, Real) and float in members:
-        return float(value) if math.isfinite(value) else None
+        return _finite(value)
     if isinstance(value, str) and str in members:
         return value
     if isinstance(value, Mapping) and dict in members:
@@ -194,6 +164,34 @@ def _matching(name: str, members: list[Any], value: Any) -> Any:
             (item,) = typing.get_args(member)
             return [check(name, item, one) for one in ([value] if isinstance(value, str) else value)]
     return None
+
+
+def _finite(value: Real) -> float | None:
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number that no float holds
+        return None
+
+
+def _check_plain(name: str, value: Any) -> None:
+    """Numbers that 64 bits hold, text that files and terminals take: what goes wrong later would not name the field."""
+    if type(value) is int and abs(value) >= _TOO_LARGE:
+        raise UserError(f"{name}={shown(value)} must be a number of 64 bits; give a smaller one")
+    if isinstance(value, str) and ("\x00" in value or not _is_unicode(value)):
+        raise UserError(f"{name}={shown(value)} must be text of Unicode without NUL; write it anew")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)  # half a character
+
+
+def shown(value: Any) -> str:
+    """The value for an error's line, which must stay one that can be read."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of more than 4300 digits"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def check_range(spec: Field, value: Any) -> None:
@@ -209,7 +207,7 @@ def _check_one(name: str, rules: Mapping[str, Any], value: Any) -> None:
     if rules["choices"] and value not in rules["choices"]:
         legal = ", ".join(repr(choice) for choice in rules["choices"])
         why = f" is refused: {rules['why']}" if rules["why"] else " is unknown"
-        raise UserError(f"{name}={value!r}{why}; legal: {legal}")
+        raise UserError(f"{name}={shown(value)}{why}; legal: {legal}")
     broken = [
         f"{sign} {rules[bound]}"
         for bound, sign, holds in (
@@ -221,4 +219,4 @@ def _check_one(name: str, rules: Mapping[str, Any], value: Any) -> None:
         if rules[bound] is not None and not holds(rules[bound])
     ]
     if broken:
-        raise UserError(f"{name}={value!r} must be {' and '.join(broken)}; give another {name}")
+        raise UserError(f"{name}={shown(value)} must be {' and '.join(broken)}; give another {name}")

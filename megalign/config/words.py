@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megalign.config.base import Config, hints, known_values, specs, unknown_name
-from megalign.config.values import asked_for, check, from_yaml, kinds, load_yaml, parse
+from megalign.config.values import LONGEST, asked_for, check, kinds, parse, shown
+from megalign.config.yaml_text import YamlError, from_yaml, load_yaml
 from megalign.errors import UserError
 
 
@@ -41,7 +42,7 @@ class Words:
             (path, *more) = given.pop("config") or [""]
             if more or not path:
                 raise UserError(
-                    f"--config takes one YAML file, not {' '.join([path, *more])!r}; give --config run.yaml"
+                    f"--config takes one YAML file, not {shown(' '.join([path, *more]))}; give --config run.yaml"
                 )
             values = self.read_yaml(path, unknown_in_file)
         return values | {name: self._value_of(name, words) for name, words in given.items()}
@@ -94,7 +95,7 @@ class Words:
         for word in argv:
             if not word.startswith("--"):
                 if current is None:
-                    raise UserError(f"{word!r} stands before any --field; write --field {word}")
+                    raise UserError(f"{shown(word)} stands before any --field; write --field VALUE")
                 current.append(word)
                 continue
             flag, equals, value = word[2:].partition("=")
@@ -135,7 +136,7 @@ class Words:
         lists = [member for member in members if typing.get_origin(member) is list]
         if not lists:
             raise UserError(
-                f"--{name} {' '.join(words)}: one value is wanted, {asked_for(annotation)}; quote it if it is"
+                f"--{name} {' '.join(words)[:LONGEST]}: one value is wanted, {asked_for(annotation)}; quote it if it is"
             )
         return [item for word in words for item in parse(name, lists[0], word)]
 
@@ -145,24 +146,36 @@ def _refused(cls: type) -> Mapping[str, Any]:
 
 
 def _load(path: str) -> Mapping[Any, Any]:
-    import yaml
-
     try:
-        loaded = load_yaml(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}; give the path of a YAML file") from error
+        loaded = load_yaml(_text_of(path)) or {}
+    except (YamlError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {error}; write `field: value` lines") from error
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}; write `field: value` lines") from error
     if not isinstance(loaded, Mapping):
         raise UserError(f"--config {path} holds a {type(loaded).__name__}, not fields; write `field: value` lines")
     return loaded
 
 
+def _text_of(path: str) -> str:
+    if "\x00" in path:
+        raise UserError(f"{path!r} is no path; give the path of a YAML file")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{error.strerror}; give the path of a YAML file") from error
+
+
 def _set_environment(path: str, variables: Any) -> None:
     if not isinstance(variables, Mapping):
         raise UserError(
-            f"env: {variables!r} in {path} must be a mapping of variables to values; write env: {{NAME: 1}}"
+            f"env: {shown(variables)} in {path} must be a mapping of variables to values; write env: {{NAME: 1}}"
         )
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    texts = {str(name): str(value) for name, value in variables.items()}
+    for name, value in texts.items():
+        if not name or "=" in name or "\x00" in name + value:
+            raise UserError(
+                f"env: {shown({name: value})} in {path} is no variable: its name must be there and hold no =, and "
+                "neither may hold NUL; write env: {NAME: 1}"
+            )
+    os.environ.update(texts)

@@ -6,6 +6,7 @@ with the rendered turns before it, with and without the turn itself.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ from megalign.errors import UserError
 Message = dict[str, Any]
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# A template computes with what a row holds: its own complaints, and those of the Python in it.
+_OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_TOKENIZERS_OWN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
+    "chat_template",
+    "documents",
+    "kwargs",
+}
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -82,15 +90,44 @@ def as_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
             raise UserError(f"message {index} must have role and content, and is a {type(message).__name__}; mend it")
         kept = {key: value for key, value in message.items() if value is not None}
         if "from" in kept:
-            sender = kept.pop("from")
-            kept["role"] = _SHAREGPT_ROLES.get(sender, sender)
+            kept["role"] = kept.pop("from")
         if "value" in kept:
             kept["content"] = kept.pop("value")
-        if "role" not in kept:
-            there = ", ".join(map(repr, kept)) or "nothing"
-            raise UserError(f"message {index} has no 'role', only {there}; say whose it is, e.g. 'user'")
+        _check_message(kept, index)
+        kept["role"] = _SHAREGPT_ROLES.get(kept["role"], kept["role"])
         messages.append(kept)
     return messages
+
+
+def _check_message(message: Message, index: int) -> None:
+    """A role, and text or parts: many templates would print a number or a mapping as Python does."""
+    if "role" not in message:
+        there = ", ".join(map(repr, message)) or "nothing"
+        raise UserError(f"message {index} has no 'role', only {there}; say whose it is, e.g. 'user'")
+    if not isinstance(message["role"], str):
+        raise UserError(f"message {index}'s role {_shown(message['role'])} must be text; write e.g. 'user'")
+    content = message.get("content", "")
+    is_parts = isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content)
+    if not isinstance(content, str) and not is_parts:
+        raise UserError(
+            f"message {index}'s content {_shown(content)} must be text, or a list of parts that are mappings where the "
+            "chat template takes them; mend the row"
+        )
+
+
+def _shown(value: Any) -> str:
+    """The value for an error's line; a row's may be of any length."""
+    text = repr(value)
+    return f"{text if len(text) <= 100 else text[:100] + '...'} ({type(value).__name__})"
+
+
+def check_template_arguments(arguments: Mapping[str, Any], what: str) -> None:
+    """UserError for an argument that is apply_chat_template's own and would change what it returns."""
+    for name in arguments:
+        if name in _TOKENIZERS_OWN:
+            raise UserError(
+                f"{what} has {name!r}, which is the tokenizer's argument and not the template's; leave it out"
+            )
 
 
 def chat_ids(
@@ -107,11 +144,14 @@ def chat_ids(
     return _rendered(tokenizer, messages, return_dict=False, **options)
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> Any:
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], /, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=True, **options)
-    except (TemplateError, TypeError) as error:  # a template adds texts, and a content may be a list
-        raise UserError(f"the chat template refuses the messages: {_first_line(error)}") from error
+    except _OF_TEMPLATES as error:
+        raise UserError(
+            f"the chat template refuses the messages: {_first_line(error)}; mend the row, its tools or its "
+            "chat_template_kwargs, or name another template (chat_template_path)"
+        ) from error
 
 
 def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:

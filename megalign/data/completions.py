@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megalign.data.chat import Message, chat_ids, common_prefix_length
+from megalign.data.chat import Message, chat_ids, check_template_arguments, common_prefix_length
 from megalign.data.rows import Row
 from megalign.errors import UserError
 
@@ -49,8 +49,17 @@ def template_options(row: Row) -> dict[str, Any]:
     arguments = row.get("chat_template_kwargs") or {}
     if not isinstance(arguments, Mapping):
         raise UserError(f"its chat_template_kwargs={arguments!r} must be a mapping of names to values; mend the row")
+    check_template_arguments(arguments, "its chat_template_kwargs")
     # `or None`: Llama's template describes how to call tools even when the list is empty.
+    if tools and not _are_tools(tools):
+        raise UserError(
+            f"its 'tools' must be a list of mappings (JSON schemas) and is a {type(tools).__name__}; mend the row"
+        )
     return {"tools": tools or None, **arguments}
+
+
+def _are_tools(tools: Any) -> bool:
+    return isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)
 
 
 def ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

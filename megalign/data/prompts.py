@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from megalign.data.chat import as_messages, chat_ids, is_conversation
+from megalign.data.chat import as_messages, chat_ids, check_template_arguments, is_conversation
 from megalign.data.rows import Row, check_tokens, naming_row, needed
 from megalign.errors import UserError
 
@@ -36,6 +36,7 @@ def prepare_prompts(
             f"max_completion_length={args.max_completion_length} leaves no room for prompts in {room} "
             "positions; lower it"
         )
+    check_template_arguments(args.chat_template_kwargs or {}, "chat_template_kwargs")
     return dataset.map(
         prompt_row,
         with_indices=True,
@@ -72,10 +73,13 @@ def prompt_row(
 
 def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> list[int]:
     if is_conversation(prompt):
-        return chat_ids(tokenizer, as_messages(prompt), add_generation_prompt=True, options=options)
-    if not isinstance(prompt, str):
-        raise UserError(f"its prompt must be text or a list of messages, not {type(prompt).__name__}")
-    ids = tokenizer(text=prompt)["input_ids"]
+        ids = chat_ids(tokenizer, as_messages(prompt), add_generation_prompt=True, options=options)
+    elif isinstance(prompt, str):
+        ids = tokenizer(text=prompt)["input_ids"]
+    else:
+        raise UserError(
+            f"its prompt must be text or a list of messages, not {type(prompt).__name__}; mend or drop the row"
+        )
     if not ids:
         raise UserError("its prompt has no tokens; give some text")
     return ids

@@ -213,7 +213,7 @@ def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = N
     names = features or dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     try:
-        return Dataset.from_dict(columns, features=features)
+        return _validated(columns, features)
     except _NO_COLUMN as error:
         for name, values in columns.items():
             kind = None if features is None else Features({name: features[name]})
@@ -227,10 +227,17 @@ def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = N
         raise
 
 
+def _validated(columns: Mapping[str, list[Any]], features: Features | None) -> Dataset:
+    """The columns as a table. Bytes beside text become text that is not UTF-8: found out here, not when it is read."""
+    table = Dataset.from_dict(columns, features=features)
+    table.data.table.validate(full=True)
+    return table
+
+
 def _no_column(values: list[Any], name: str, kind: Features | None) -> str | None:
     """Why the values are no column of a table (of this kind, where one is given), or None when they are one."""
     try:
-        Dataset.from_dict({name: values}, features=kind)
+        _validated({name: values}, kind)
     except _NO_COLUMN as error:
         return reason_of(error)
     return None
