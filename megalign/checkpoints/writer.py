@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ def write_checkpoint(
     # Two thirds of torch.save's time, and nothing reads them: torch.load does not.
     set_crc32_options(False)
     try:
-        dcp.save({}, storage_writer=_Writer(path), planner=_Planner(chunks, objects, written), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
+            dcp.save({}, storage_writer=_Writer(path), planner=_Planner(chunks, objects, written), no_dist=alone)
     except CheckpointException as error:  # of all ranks; no Exception
         failure, _ = next(iter(error.failures.values()))
         raise failure from error
