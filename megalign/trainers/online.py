@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from megalign.data.broken import Skipped
 from megalign.data.prompts import prepare_prompts
 from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
@@ -284,11 +285,11 @@ class OnlineTrainer(Trainer):
             )
         return self.rounds_per_epoch * self.updates_per_round * self.args.gradient_accumulation_steps
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Rows with prompt_ids beside the dataset's own columns."""
         model = self.architecture
         limits = {"max_positions": model.max_position_embeddings, "vocab_size": model.vocab_size}
-        return prepare_prompts(dataset, self.processing_class, self.args, **limits)
+        return prepare_prompts(dataset, self.processing_class, self.args, **limits, skipped=skipped)
 
     def loop_state(self) -> dict[str, Any]:
         """Where dynamic sampling stands in the prompts."""
