@@ -224,9 +224,7 @@ def take_rows(
             "leave its bad lines out with skip_bad_rows"
         ) from error
     if count is not None and 0 < len(rows) < count:
-        logger.warning(
-            "the stream ends after %d of the %d rows that max_steps takes: it begins anew", len(rows), count
-        )
+        logger.warning("the stream ends after %d of the %d rows that max_steps takes: it begins anew", len(rows), count)
     return as_table(rows, features=stream.features, skip_bad_rows=skip_bad_rows)
 
 

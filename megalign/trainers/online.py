@@ -62,14 +62,15 @@ class OnlineTrainer(Trainer):
         args = self.args
         self.policy.sleep()  # one engine at a time in memory
         self.load_engines()
-        self.rollout: RolloutEngine = VllmEngine(self.model_path, args, self.groups)
-        self.rollout.sleep()
+        rollout = self.make_rollout()
+        rollout.sleep()
         self.sampling = Sampling(
             args,
             self.groups,
             self.run,
             policy=self.policy,
-            rollout=self.rollout,
+            rollout=rollout,
+            fresh_rollout=self.make_rollout,
             rewards=self.rewards,
             tokenizer=self.processing_class,
             generation=self.generation_params(),
@@ -84,6 +85,15 @@ class OnlineTrainer(Trainer):
         )
         self.schedule = []
         self._table: dict[str, list[Any]] = {}
+
+    @property
+    def rollout(self) -> RolloutEngine:
+        """What samples: after a restart another one."""
+        return self.sampling.rollout
+
+    def make_rollout(self) -> RolloutEngine:
+        """A fresh engine, which has no weights yet."""
+        return VllmEngine(self.model_path, self.args, self.groups)
 
     def load_engines(self) -> None:
         """The models beside the policy, each asleep until its own pass."""
