@@ -61,6 +61,11 @@ class LoopConfig(ComputeConfig):
     """Split of dataset_name that is trained on."""
     streaming: bool = False
     """Read no more rows than max_steps (which it needs) takes, instead of the whole dataset."""
+    skip_bad_rows: bool = False
+    """Leave rows out that would be refused, instead of ending with the first of them: what the trainer cannot learn
+    from, and lines of a .jsonl file (named by itself, not by its directory) that are no JSON. They are counted in one
+    line, which names the first, and as skipped_rows in the first line of metrics. What has no rows to tell apart, such
+    as a .parquet file that was cut, is refused all the same."""
     dataset_test_split: str = "test"
     """Split that is evaluated on, when eval_strategy or eval_on_start ask for it."""
     eval_dataset_name: str | None = None

@@ -79,6 +79,12 @@ class OnlineConfig(LoopConfig, ParallelConfig, RolloutConfig):
                 f"reward_timeout {self.reward_timeout:g} s must be below ddp_timeout {self.ddp_timeout} s, after which "
                 "the ranks that wait for the rewards give the job up; raise ddp_timeout or lower reward_timeout"
             )
+        several = world_size > self.vllm_tensor_parallel_size  # replicas, which wait for one another
+        if several and self.vllm_timeout is not None and self.vllm_timeout >= self.ddp_timeout:
+            raise UserError(
+                f"vllm_timeout {self.vllm_timeout:g} s must be below ddp_timeout {self.ddp_timeout} s, after which the "
+                "replicas that have sampled give up those that have not; raise ddp_timeout or lower vllm_timeout"
+            )
         if self.overlong_buffer_length is not None and self.overlong_buffer_length > self.max_completion_length:
             raise UserError(
                 f"overlong_buffer_length {self.overlong_buffer_length} must be at most max_completion_length "

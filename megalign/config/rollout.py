@@ -55,6 +55,11 @@ class RolloutConfig(Config):
     """Regular expression that every completion must match."""
     vllm_model_impl: str = option("vllm", choices=("vllm", "transformers"))
     """vLLM's model code: its own, or transformers'."""
+    vllm_timeout: float | None = option(1500.0, above=0)
+    """Seconds that vLLM may take for one sampling. An engine that takes longer, or raises, is started anew once in a
+    run, with the policy's weights, and samples the same again (vllm_restarts in the metrics counts it); the second
+    failure ends the run with its cause. None sets no limit. What never returns to Python, a kernel or a collective
+    whose other ranks are gone, is not interrupted by it but by ddp_timeout."""
     vllm_cpu_kv_cache_gib: float = option(1.0, above=0)
     """On CPU: GiB of KV cache a rank (vllm_gpu_memory_utilization has no meaning there)."""
 

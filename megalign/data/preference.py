@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Value
 from transformers import PreTrainedTokenizerBase
 
+from megalign.data.broken import Skipped, map_rows
 from megalign.data.completions import Completed, check_completion, completion_start, prompt_tokens, whole_tokens
 from megalign.data.pairs import Tokenizer, check_columns, pair_of, without_empty
 from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed, needed_ids
@@ -34,18 +35,33 @@ class Limits(NamedTuple):
         return [side.cut(self.max_length, self.truncation_mode) for side in sides]
 
 
-def prepare_pairs(dataset: Dataset, tokenizer: Tokenizer, args: Any, *, vocab_size: int | None = None) -> Dataset:
+def prepare_pairs(
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    args: Any,
+    *,
+    vocab_size: int | None = None,
+    skipped: Skipped | None = None,
+) -> Dataset:
     """DPO's rows: `chosen_ids`, `rejected_ids` (prompt and completion) and `chosen_mask`, `rejected_mask` (completion).
 
     Tokenized rows have prompt_ids, chosen_ids and rejected_ids. Both sides are cut to max_length by
     truncation_mode; with keep_start, pairs whose prompt alone fills it are dropped and counted. A completion
-    without a token to learn of is an error that names the row.
+    without a token to learn of is an error that names the row. Rows that are refused are left out and noted in
+    `skipped`, where it is given.
     """
     limits = Limits(args.max_length, args.truncation_mode)
-    return _prepared_pairs(dataset, tokenizer, args, _pair_tokens, limits, vocab_size)
+    return _prepared_pairs(dataset, tokenizer, args, _pair_tokens, limits, vocab_size, skipped)
 
 
-def prepare_orpo_pairs(dataset: Dataset, tokenizer: Tokenizer, args: Any, *, vocab_size: int | None = None) -> Dataset:
+def prepare_orpo_pairs(
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    args: Any,
+    *,
+    vocab_size: int | None = None,
+    skipped: Skipped | None = None,
+) -> Dataset:
     """ORPO's rows, with the columns of `prepare_pairs` and TRL's tokens: a first token (where the tokenizer has one)
     and an end token that is added even behind a template's end of turn.
 
@@ -53,11 +69,16 @@ def prepare_orpo_pairs(dataset: Dataset, tokenizer: Tokenizer, args: Any, *, voc
     max_length are dropped and counted (TRL keeps them, and their loss is 0 / 0).
     """
     limits = Limits(args.max_length, max_completion_length=args.max_completion_length)
-    return _prepared_pairs(dataset, tokenizer, args, _orpo_tokens, limits, vocab_size)
+    return _prepared_pairs(dataset, tokenizer, args, _orpo_tokens, limits, vocab_size, skipped)
 
 
 def prepare_reward_pairs(
-    dataset: Dataset, tokenizer: Tokenizer, args: Any, *, vocab_size: int | None = None
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    args: Any,
+    *,
+    vocab_size: int | None = None,
+    skipped: Skipped | None = None,
 ) -> Dataset:
     """Reward's rows: `chosen_ids` and `rejected_ids`, whole texts, and `margin` where the dataset has one.
 
@@ -66,12 +87,12 @@ def prepare_reward_pairs(
     """
     check_columns(dataset, ("chosen_ids", "rejected_ids"), tokenizer)
     margin = {"margin": Value("float64")} if "margin" in dataset.column_names else {}
-    rows = dataset.map(
+    rows = map_rows(
+        dataset,
         reward_row,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length, "vocab_size": vocab_size},
-        remove_columns=dataset.column_names,
-        features=Features({"chosen_ids": TOKENS, "rejected_ids": TOKENS, **margin}),
+        features={"chosen_ids": TOKENS, "rejected_ids": TOKENS, **margin},
+        options={"tokenizer": tokenizer, "max_length": args.max_length, "vocab_size": vocab_size},
+        skipped=skipped,
         num_proc=args.dataset_num_proc,
         desc="Tokenizing pairs",
     )
@@ -85,14 +106,15 @@ def _prepared_pairs(
     encode: Callable[[Row, PreTrainedTokenizerBase], list[Completed]],
     limits: Limits,
     vocab_size: int | None,
+    skipped: Skipped | None,
 ) -> Dataset:
     check_columns(dataset, ("prompt_ids", "chosen_ids", "rejected_ids"), tokenizer)
-    rows = dataset.map(
+    rows = map_rows(
+        dataset,
         pair_row,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "encode": encode, "limits": limits, "vocab_size": vocab_size},
-        remove_columns=dataset.column_names,
-        features=Features({"chosen_ids": TOKENS, "rejected_ids": TOKENS, "chosen_mask": MASK, "rejected_mask": MASK}),
+        features={"chosen_ids": TOKENS, "rejected_ids": TOKENS, "chosen_mask": MASK, "rejected_mask": MASK},
+        options={"tokenizer": tokenizer, "encode": encode, "limits": limits, "vocab_size": vocab_size},
+        skipped=skipped,
         num_proc=args.dataset_num_proc,
         desc="Tokenizing pairs",
     )

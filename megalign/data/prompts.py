@@ -8,8 +8,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from megalign.data.broken import Skipped, map_rows
 from megalign.data.chat import as_messages, chat_ids, check_template_arguments, is_conversation
-from megalign.data.rows import Row, check_tokens, naming_row, needed
+from megalign.data.rows import TOKENS, Row, check_tokens, naming_row, needed
 from megalign.errors import UserError
 
 
@@ -20,11 +21,13 @@ def prepare_prompts(
     *,
     max_positions: int | None = None,
     vocab_size: int | None = None,
+    skipped: Skipped | None = None,
 ) -> Dataset:
     """Rows with a `prompt` (text or messages) -> the same rows with `prompt_ids`, every other column kept.
 
     A prompt must leave room for max_completion_length in vllm_max_model_length or, if that is not set, in the
-    model's `max_positions`; its tokens must be below the model's `vocab_size`, where that is given.
+    model's `max_positions`; its tokens must be below the model's `vocab_size`, where that is given. Rows that are
+    refused are an error or, with `skipped`, left out and noted there.
     """
     if "prompt" not in dataset.column_names:
         columns = ", ".join(map(repr, dataset.column_names))
@@ -37,10 +40,13 @@ def prepare_prompts(
             "positions; lower it"
         )
     check_template_arguments(args.chat_template_kwargs or {}, "chat_template_kwargs")
-    return dataset.map(
+    return map_rows(
+        dataset,
         prompt_row,
-        with_indices=True,
-        fn_kwargs={
+        features={"prompt_ids": TOKENS},
+        keep_columns=True,
+        skipped=skipped,
+        options={
             "tokenizer": tokenizer,
             "options": args.chat_template_kwargs or {},
             "limit": limit,

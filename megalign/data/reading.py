@@ -20,8 +20,12 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.lib import ArrowException
+from transformers.utils import logging
 
+from megalign.data.broken import BROKEN, first_broken_line, rows_of_lines
 from megalign.errors import UserError
+
+logger = logging.get_logger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -40,14 +44,14 @@ def load_split(args: Any, split: str, *, for_evaluation: bool = False) -> Rows:
     Several names are mixed: rows to train on by dataset_weights, rows to evaluate on one after another. The split's
     name says nothing of its use: the two splits may have the same name.
     """
+    how = {"streaming": args.streaming, "skip_bad_rows": args.skip_bad_rows}
     if for_evaluation and args.eval_dataset_name is not None:
         # Rows that were named for evaluation are all meant, whatever their file calls its split.
-        name, field = args.eval_dataset_name, "eval_dataset_name"
-        return load_rows(name, split=split, field=field, only_split=True, streaming=args.streaming)
+        return load_rows(args.eval_dataset_name, split=split, field="eval_dataset_name", only_split=True, **how)
     if not args.dataset_name:
         raise UserError("dataset_name is missing; give a .jsonl or .parquet file, a directory or a hub name")
     names = [args.dataset_name] if isinstance(args.dataset_name, str) else args.dataset_name
-    parts = {name: load_rows(name, split=split, config=args.dataset_config, streaming=args.streaming) for name in names}
+    parts = {name: load_rows(name, split=split, config=args.dataset_config, **how) for name in names}
     if len(names) == 1:
         return parts[names[0]]
     weights = None if for_evaluation else args.dataset_weights
@@ -62,16 +66,18 @@ def load_rows(
     config: str | None = None,
     only_split: bool = False,
     streaming: bool = False,
+    skip_bad_rows: bool = False,
 ) -> Rows:
     """A split of a local file, a directory (of such files, or written by save_to_disk) or a hub dataset.
 
     `field` is what errors call the name. With `only_split` a dataset of a single split gives it, whatever
-    its name. With `streaming` rows are read when they are asked for.
+    its name. With `streaming` rows are read when they are asked for. With `skip_bad_rows` a line of a .jsonl
+    file that is no row says so in a column of its own (BROKEN).
     """
     path = Path(name).expanduser()
     if path.is_file():
         _refuse_config(config, f"{field}={name!r} is a file")
-        splits = _read_files(str(path), path.suffix, field, streaming)
+        splits = _read_files(str(path), path.suffix, field, streaming, skip_bad_rows)
     elif path.is_dir():
         splits = _read_directory(path, config, field, streaming)
     elif path.is_absolute() or name.startswith((".", "~")) or path.suffix in _READERS:
@@ -81,14 +87,21 @@ def load_rows(
     return _chosen(splits, split, f"{field}={name!r}", only_split)
 
 
-def _read_files(path: str, suffix: str, field: str, streaming: bool) -> Splits:
+def _read_files(path: str, suffix: str, field: str, streaming: bool, skip_bad_rows: bool) -> Splits:
     if suffix not in _READERS:
         raise UserError(f"{field}={path!r} ends in {suffix!r}; files that are read end in {', '.join(_READERS)}")
+    if suffix == ".jsonl" and skip_bad_rows and first_broken_line(path) is not None:
+        if streaming:
+            return {"train": IterableDataset.from_generator(rows_of_lines, gen_kwargs={"path": path})}
+        return {"train": as_table(list(rows_of_lines(path)), skip_bad_rows=True)}
     try:
         return load_dataset(_READERS[suffix], data_files=path, streaming=streaming)
     except UNREADABLE as error:
+        line = first_broken_line(path) if suffix == ".jsonl" else None
+        skip = "" if line is None else ", or leave such lines out with skip_bad_rows"
         raise UserError(
-            f"{field}={path!r} cannot be read as {_READERS[suffix]}: {reason_of(error)}; mend or replace the file"
+            f"{field}={path!r} cannot be read as {_READERS[suffix]}: {line or reason_of(error)}; mend or replace the "
+            f"file{skip}"
         ) from error
 
 
@@ -183,11 +196,18 @@ def mixed(parts: Sequence[Rows], names: Sequence[str], *, weights: Sequence[floa
 def _columns(part: Rows, name: str) -> list[str]:
     """Those of the part's first row; a part without rows is refused."""
     for row in part:
-        return list(row)
+        return [column for column in row if column != BROKEN]
     raise UserError(f"dataset_name {name!r} has no rows to mix; drop it")
 
 
-def take_rows(stream: IterableDataset, count: int | None, *, shuffle: bool = False, seed: int = 0) -> Dataset:
+def take_rows(
+    stream: IterableDataset,
+    count: int | None,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+) -> Dataset:
     """The first `count` rows of a stream, or all that it has, held in memory; `shuffle` is datasets' own, within a
     buffer of 1000 rows.
 
@@ -197,19 +217,47 @@ def take_rows(stream: IterableDataset, count: int | None, *, shuffle: bool = Fal
     stream = stream.shuffle(seed=seed) if shuffle else stream
     try:
         rows = list(islice(stream, count))
-    except (ValueError, TypeError) as error:  # pyarrow's: a line that is no JSON, a column that changes its type
-        raise UserError(f"the streamed rows cannot be read: {reason_of(error)}") from error
-    return as_table(rows, features=stream.features)
+    # pyarrow's: a line that is no JSON, a column that changes its type, a page of a .parquet file that is torn
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"the streamed rows cannot be read: {reason_of(error)}; mend or replace the file, or (of a .jsonl file) "
+            "leave its bad lines out with skip_bad_rows"
+        ) from error
+    if count is not None and 0 < len(rows) < count:
+        logger.warning("the stream ends after %d of the %d rows that max_steps takes: it begins anew", len(rows), count)
+    return as_table(rows, features=stream.features, skip_bad_rows=skip_bad_rows)
 
 
 _NO_COLUMN = (ArrowException, ValueError, TypeError, OverflowError)  # pyarrow's own errors, and Python's in it
 
 
-def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = None) -> Dataset:
+def as_table(
+    rows: Sequence[Mapping[str, Any]], *, features: Features | None = None, skip_bad_rows: bool = False
+) -> Dataset:
     """Rows as a dataset with the columns of all of them; a row without a column has None there.
 
-    A column has one type: rows that differ in it are an error that names the first of them.
+    A column has one type: rows that differ in it are an error that names the first of them or, with `skip_bad_rows`,
+    are rows of one column (BROKEN) that says so.
     """
+    kept = list(rows)
+    while True:
+        try:
+            return _one_table(kept, features)
+        except _MisfitError as misfit:
+            if not skip_bad_rows or (features is not None and BROKEN not in features):
+                raise UserError(f"dataset row {misfit.row}: {misfit}") from misfit
+            kept[misfit.row] = {BROKEN: str(misfit)}
+
+
+class _MisfitError(Exception):
+    """A row whose value does not go into one column with those before it."""
+
+    def __init__(self, row: int, text: str) -> None:
+        super().__init__(text)
+        self.row = row
+
+
+def _one_table(rows: Sequence[Mapping[str, Any]], features: Features | None) -> Dataset:
     names = features or dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     try:
@@ -220,9 +268,10 @@ def as_table(rows: Sequence[Mapping[str, Any]], *, features: Features | None = N
             if (reason := _no_column(values, name, kind)) is not None:
                 lengths = range(1, len(values) + 1)
                 row = bisect_left(lengths, True, key=lambda few: _no_column(values[:few], name, kind) is not None)
-                raise UserError(
-                    f"dataset row {row}: its {name!r} does not go into one column with the rows before it ({reason}); "
-                    "give the column one type in all rows"
+                raise _MisfitError(
+                    row,
+                    f"its {name!r} does not go into one column with the rows before it ({reason}); give the column one "
+                    "type in all rows",
                 ) from error
         raise
 

@@ -9,10 +9,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from megalign.data.broken import Skipped, map_rows
 from megalign.data.chat import as_messages, assistant_tokens, chat_ids, is_conversation
 from megalign.data.completions import Completed, completion_start, ended, template_options
 from megalign.data.packing import pack_dataset
-from megalign.data.rows import Row, as_long, check_tokens, mask_bits, naming_row, needed, needed_ids
+from megalign.data.rows import MASK, TOKENS, Row, as_long, check_tokens, mask_bits, naming_row, needed, needed_ids
 from megalign.errors import UserError
 
 logger = logging.get_logger(__name__)
@@ -35,21 +36,23 @@ def prepare_sft(
     *,
     packing: bool | None = None,
     vocab_size: int | None = None,
+    skipped: Skipped | None = None,
 ) -> Dataset:
     """Rows of any SFT format -> `input_ids` and `loss_mask` (with packing also `seq_lengths`), cut to max_length.
 
     `packing` overrides args.packing (evaluation). Rows without a loss token are dropped and counted; with packing,
     packs without one. Tokenized rows (`input_ids`) need no tokenizer. Tokens must be below the model's `vocab_size`,
-    where that is given.
+    where that is given. Rows that are refused are an error or, with `skipped`, left out and noted there.
     """
     form = SFTFormat(args.dataset_text_field, args.completion_only_loss, args.assistant_only_loss)
     if "input_ids" not in dataset.column_names and tokenizer is None:
         raise UserError("rows without input_ids need a tokenizer and the model has none; give tokenized rows")
-    rows = dataset.map(
+    rows = map_rows(
+        dataset,
         tokenized_row,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "form": form, "vocab_size": vocab_size},
-        remove_columns=dataset.column_names,
+        features={"input_ids": TOKENS, "loss_mask": MASK},
+        options={"tokenizer": tokenizer, "form": form, "vocab_size": vocab_size},
+        skipped=skipped,
         num_proc=args.dataset_num_proc,
         desc="Tokenizing",
     )

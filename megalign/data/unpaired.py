@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from megalign.data.broken import Skipped, map_rows
 from megalign.data.chat import as_messages, is_conversation
 from megalign.data.completions import (
     Completed,
@@ -37,6 +38,7 @@ def prepare_unpaired(
     block: int | None = None,
     shuffle_seed: int | None = None,
     vocab_size: int | None = None,
+    skipped: Skipped | None = None,
 ) -> Dataset:
     """KTO's rows: `input_ids`, `loss_mask` (the completion) and `desirable`; with `block` also `kl_ids`, `kl_mask`.
 
@@ -45,15 +47,16 @@ def prepare_unpaired(
     mismatched sequence of a row is its prompt with the completion of the row before it, within every `block` of
     rows, in which the first takes the last one's (arXiv 2402.01306 sec. 4.1): give the rows of a step. With
     `shuffle_seed` the rows are shuffled before they are put into blocks. A row alone in the last block takes the
-    completion of the row before it, in the block before; in TRL it keeps its own, which is no mismatch.
+    completion of the row before it, in the block before; in TRL it keeps its own, which is no mismatch. Rows
+    that are refused are left out and noted in `skipped`, where it is given.
     """
     check_columns(dataset, ("prompt_ids", "completion_ids"), tokenizer)
-    answers = dataset.map(
+    answers = map_rows(
+        dataset,
         answers_of_row,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length, "vocab_size": vocab_size},
-        remove_columns=dataset.column_names,
-        features=Features({name: List(kind) for name, kind in _ANSWERS.items()}),
+        features={name: List(kind) for name, kind in _ANSWERS.items()},
+        options={"tokenizer": tokenizer, "max_length": args.max_length, "vocab_size": vocab_size},
+        skipped=skipped,
         num_proc=args.dataset_num_proc,
         desc="Tokenizing answers",
     )

@@ -37,7 +37,8 @@ class RolloutEngine(Protocol):
     ) -> list[Completion]:
         """Completes this replica's contiguous share of the job's `prompts`; prompt i draws from `seeds[i]`.
 
-        Every rank of a replica gets the same completions, each with its place among all prompts.
+        Every rank of a replica gets the same completions, each with its place among all prompts. EngineError
+        (failing.py) when there are none.
         """
         ...
 
@@ -54,6 +55,10 @@ class RolloutEngine(Protocol):
 
     def wake(self, *tags: str) -> None:
         """Takes back memory for "weights", "kv_cache", or (no tag) both; weights must then be updated."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of everything, also after an EngineError; nothing may be called after it."""
         ...
 
 

@@ -101,8 +101,9 @@ class RewardRunner:
         thread.join(self._timeout)
         if thread.is_alive():
             share.error = (
-                f"reward function {scoring.unfinished()} did not answer within reward_timeout "
-                f"{self._timeout:g} s; make it faster or raise reward_timeout"
+                f"reward function {scoring.unfinished()} did not answer for completions {share.first} to "
+                f"{share.first + share.count - 1} of the round within reward_timeout {self._timeout:g} s; make it "
+                "faster or raise reward_timeout"
             )
         elif scoring.error is not None:
             share.error = scoring.error

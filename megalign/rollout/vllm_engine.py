@@ -6,6 +6,7 @@ The sole importer of vllm, which is imported when an engine is built and not bef
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import uuid
@@ -28,6 +29,7 @@ from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.patches import vllm as vllm_patches
 from megalign.rollout.engine import GenerationParams
+from megalign.rollout.failing import failing_after
 from megalign.rollout.vllm_model import check_model, router_fields
 from megalign.rollout.vllm_sampling import check_names, sampling_params
 
@@ -49,7 +51,7 @@ class VllmEngine:
     def __init__(self, model_path: str, args: RolloutConfig, groups: ParallelGroups) -> None:
         self.num_replicas = groups.world.size // args.vllm_tensor_parallel_size
         self._replica = groups.world.rank // args.vllm_tensor_parallel_size
-        self._sleep_mode = args.vllm_enable_sleep_mode
+        self._sleep_mode, self._timeout = args.vllm_enable_sleep_mode, args.vllm_timeout
         self._asleep: set[str] = set()
         self._has_weights = False  # vLLM starts with dummy weights
         architecture = architecture_of(read_config(model_path))
@@ -125,14 +127,12 @@ class VllmEngine:
         last = len(prompts) * (self._replica + 1) // self.num_replicas
         if first == last:
             return []
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts[first:last]]
+        wanted = [sampling_params(self._vllm, params, seed) for seed in seeds[first:last]]
         # vLLM draws from torch's default generator even when every request has a seed.
-        with _untouched_rngs():
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts[first:last]],
-                [sampling_params(self._vllm, params, seed) for seed in seeds[first:last]],
-                use_tqdm=False,
-            )
-        return [_completion(index, output, policy_version) for index, output in enumerate(outputs, start=first)]
+        with failing_after(self._timeout), _untouched_rngs():
+            outputs = self._llm.generate(requests, wanted, use_tqdm=False)
+            return [_completion(index, output, policy_version) for index, output in enumerate(outputs, start=first)]
 
     def update_weights(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """See RolloutEngine; streams into the worker, which loads layer by layer."""
@@ -175,6 +175,14 @@ class VllmEngine:
             self._llm.wake_up(tags=wanted)
             self._asleep -= set(wanted)
 
+    def close(self) -> None:
+        """See RolloutEngine; vLLM's process groups stay, which the next engine of the process takes over."""
+        with contextlib.suppress(RuntimeError):  # of an engine that has failed already
+            self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()  # its parts know one another
+        device.release_memory()
+
     def _check_lengths(self, prompts: list[list[int]]) -> None:
         for index, prompt in enumerate(prompts):
             if len(prompt) >= self.max_model_length:
@@ -216,10 +224,12 @@ def _untouched_process() -> Iterator[None]:
 def _untouched_rngs() -> Iterator[None]:
     """The trainer's RNGs must not depend on how many steps a replica took to sample, or ranks drift apart."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.on_cuda() else []):
-        yield
-    np.random.set_state(numpy_state)
-    random.setstate(python_state)
+    try:
+        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.on_cuda() else []):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def _job_name(groups: ParallelGroups) -> str:

@@ -21,10 +21,11 @@ from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.data import prepared
+from megalign.data.broken import Skipped
 from megalign.data.chat import load_tokenizer
 from megalign.errors import UserError
 from megalign.model.layout_checks import check_policy
-from megalign.parallel.control import barrier
+from megalign.parallel.control import barrier, gather_objects
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
@@ -46,6 +47,7 @@ class Trainer:
     config_class: ClassVar[type]
     refused_arguments: ClassVar[Mapping[str, str]] = {}  # of TRL's constructor, with the reason
     data_fields: ClassVar[tuple[str, ...]] = DATA_FIELDS
+    _skipped_rows = 0  # rows of train_dataset that skip_bad_rows has left out
     named_counts: ClassVar[Mapping[str, CountFn]] = {}  # global counts that the loss divides by, beside the usual
 
     def __init__(
@@ -130,8 +132,8 @@ class Trainer:
     def make_parts(self) -> None:
         """What the trainer is made of beside rows and weights, and so the first to be known as wrong."""
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
-        """The rows that the trainer works on; called once in the job."""
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
+        """The rows that the trainer works on, without those that `skipped` notes, if given; called once in the job."""
         raise NotImplementedError
 
     def max_steps(self) -> int:
@@ -198,6 +200,8 @@ class Trainer:
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         self.keeper.resume(resume_from_checkpoint)
+        if self._skipped_rows:
+            self.run.window.set(skipped_rows=self._skipped_rows)  # once, in the first line that is logged
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
@@ -356,17 +360,27 @@ class Trainer:
             return None
         if name == "eval_dataset" and isinstance(dataset, Mapping):
             return {part: self._prepare(rows, name) for part, rows in dataset.items()}
-        return prepared.once_per_job(
+        skipped = Skipped() if self.args.skip_bad_rows else None
+        rows = prepared.once_per_job(
             lambda: self.tokenized(
-                prepared.of_this_code(self._as_dataset(dataset, name)), for_evaluation=name == "eval_dataset"
+                prepared.of_this_code(self._as_dataset(dataset, name)),
+                for_evaluation=name == "eval_dataset",
+                skipped=skipped,
             ),
             self.args.output_dir,
         )
+        if skipped is not None and name == "train_dataset":  # the rank that has prepared them knows
+            self._skipped_rows = gather_objects(skipped.count, self.groups.world)[0]
+        return rows
 
     def _as_dataset(self, dataset: Any, name: str) -> Dataset:
         if name == "eval_dataset":
-            return arguments.as_dataset(dataset, name)
-        order = {"shuffle": self.args.shuffle_dataset, "seed": self.args.data_order_seed}
+            return arguments.as_dataset(dataset, name, skip_bad_rows=self.args.skip_bad_rows)
+        order = {
+            "shuffle": self.args.shuffle_dataset,
+            "seed": self.args.data_order_seed,
+            "skip_bad_rows": self.args.skip_bad_rows,
+        }
         return arguments.as_dataset(dataset, name, count=self.rows_needed(), **order)
 
     def _remove_prepared_files(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megalign.algos.preference import DPO_COUNTS, aot_targets, dpo_loss, sequence_logprobs
 from megalign.batch import Batch
 from megalign.config import DPOConfig
+from megalign.data.broken import Skipped
 from megalign.data.preference import prepare_pairs, sequences_of_pair
 from megalign.parallel.reduce import gather_over
 from megalign.trainers.base import DATA_FIELDS
@@ -28,9 +29,11 @@ class DPOTrainer(PreferenceTrainer):
     data_fields = (*DATA_FIELDS, "max_length", "truncation_mode")
     named_counts = DPO_COUNTS
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Pairs of prompt and completion."""
-        return prepare_pairs(dataset, self.processing_class, self.args, vocab_size=self.architecture.vocab_size)
+        return prepare_pairs(
+            dataset, self.processing_class, self.args, vocab_size=self.architecture.vocab_size, skipped=skipped
+        )
 
     def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
         """Chosen and rejected of each row."""

@@ -11,6 +11,7 @@ from datasets import Dataset
 from megalign.algos.unpaired import KTO_COUNTS, kto_loss, recommended_weights
 from megalign.batch import Batch
 from megalign.config import KTOConfig
+from megalign.data.broken import Skipped
 from megalign.data.collate import packed_share
 from megalign.data.unpaired import kl_sequence, prepare_unpaired, sequence_of_unpaired
 from megalign.parallel.reduce import gather_over
@@ -32,7 +33,7 @@ class KTOTrainer(PreferenceTrainer):
         if self.train_rows is not None:
             self._advise_weights(self.train_rows["desirable"])
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Single answers, each with the mismatched one of its neighbour in the same step."""
         shuffled = self.args.shuffle_dataset and not for_evaluation
         return prepare_unpaired(
@@ -42,6 +43,7 @@ class KTOTrainer(PreferenceTrainer):
             block=self.rows_per_step,
             shuffle_seed=self.args.data_order_seed if shuffled else None,
             vocab_size=self.architecture.vocab_size,
+            skipped=skipped,
         )
 
     @property

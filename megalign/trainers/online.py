@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from megalign.data.broken import Skipped
 from megalign.data.prompts import prepare_prompts
 from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
@@ -61,14 +62,15 @@ class OnlineTrainer(Trainer):
         args = self.args
         self.policy.sleep()  # one engine at a time in memory
         self.load_engines()
-        self.rollout: RolloutEngine = VllmEngine(self.model_path, args, self.groups)
-        self.rollout.sleep()
+        rollout = self.make_rollout()
+        rollout.sleep()
         self.sampling = Sampling(
             args,
             self.groups,
             self.run,
             policy=self.policy,
-            rollout=self.rollout,
+            rollout=rollout,
+            fresh_rollout=self.make_rollout,
             rewards=self.rewards,
             tokenizer=self.processing_class,
             generation=self.generation_params(),
@@ -83,6 +85,15 @@ class OnlineTrainer(Trainer):
         )
         self.schedule = []
         self._table: dict[str, list[Any]] = {}
+
+    @property
+    def rollout(self) -> RolloutEngine:
+        """What samples: after a restart another one."""
+        return self.sampling.rollout
+
+    def make_rollout(self) -> RolloutEngine:
+        """A fresh engine, which has no weights yet."""
+        return VllmEngine(self.model_path, self.args, self.groups)
 
     def load_engines(self) -> None:
         """The models beside the policy, each asleep until its own pass."""
@@ -284,11 +295,11 @@ class OnlineTrainer(Trainer):
             )
         return self.rounds_per_epoch * self.updates_per_round * self.args.gradient_accumulation_steps
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Rows with prompt_ids beside the dataset's own columns."""
         model = self.architecture
         limits = {"max_positions": model.max_position_embeddings, "vocab_size": model.vocab_size}
-        return prepare_prompts(dataset, self.processing_class, self.args, **limits)
+        return prepare_prompts(dataset, self.processing_class, self.args, **limits, skipped=skipped)
 
     def loop_state(self) -> dict[str, Any]:
         """Where dynamic sampling stands in the prompts."""

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from megalign.algos.odds_ratio import ORPO_COUNTS, orpo_loss
 from megalign.config import ORPOConfig
+from megalign.data.broken import Skipped
 from megalign.data.preference import prepare_orpo_pairs, sequences_of_orpo_pair
 from megalign.train_engine import TrainEngine
 from megalign.trainers.base import DATA_FIELDS
@@ -29,9 +30,11 @@ class ORPOTrainer(OfflineTrainer):
         """The model that is trained; TRL logs the mean of its logits."""
         return TrainEngine(self.model_path, self.args, self.groups, extras=("mean_logits",))
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Pairs of prompt and completion."""
-        return prepare_orpo_pairs(dataset, self.processing_class, self.args, vocab_size=self.architecture.vocab_size)
+        return prepare_orpo_pairs(
+            dataset, self.processing_class, self.args, vocab_size=self.architecture.vocab_size, skipped=skipped
+        )
 
     def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
         """Chosen and rejected of each row; the likelihood is of the chosen one's prompt as well."""

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from megalign.algos.reward import reward_loss
 from megalign.config import RewardConfig
+from megalign.data.broken import Skipped
 from megalign.data.preference import prepare_reward_pairs, sequences_of_reward_pair
 from megalign.train_engine import TrainEngine
 from megalign.trainers.base import DATA_FIELDS
@@ -28,9 +29,11 @@ class RewardTrainer(OfflineTrainer):
         """The model with a score head: its own, or a new one on a language model."""
         return TrainEngine(self.model_path, self.args, self.groups, score_head=True)
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Pairs of whole texts; those that are too long are dropped, as in TRL."""
-        return prepare_reward_pairs(dataset, self.processing_class, self.args, vocab_size=self.architecture.vocab_size)
+        return prepare_reward_pairs(
+            dataset, self.processing_class, self.args, vocab_size=self.architecture.vocab_size, skipped=skipped
+        )
 
     def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
         """Chosen and rejected of each row."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
 from megalign.batch import Completion
+from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.resharding.sync import sync_weights
 from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
+from megalign.rollout.failing import EngineError, agree_on_failure
 from megalign.rollout.redistribute import redistribute
 from megalign.rollout.rewards import RewardResult
 from megalign.train_engine import TrainEngine
@@ -47,12 +49,15 @@ class Sampling:
         *,
         policy: TrainEngine,
         rollout: RolloutEngine,
+        fresh_rollout: Callable[[], RolloutEngine],
         rewards: Rewarding,
         tokenizer: Any,
         generation: GenerationParams,
     ) -> None:
         self._args, self._groups, self._run = args, groups, run
-        self._policy, self._rollout, self._rewards, self._tokenizer = policy, rollout, rewards, tokenizer
+        self._policy, self._rewards, self._tokenizer = policy, rewards, tokenizer
+        self.rollout, self._fresh_rollout = rollout, fresh_rollout
+        self._restarts = 0
         self._generation = generation
         self._synced = False  # whether the rollout engine holds the policy's present weights
 
@@ -75,21 +80,51 @@ class Sampling:
         # An engine that has slept has lost its weights, the policy's present ones or not.
         if self._synced and not self._args.engines_sleep:
             return
-        with self._timed("weight_sync_s", place), awake(self._policy), awake(self._rollout, "weights"):
-            sync_weights(self._policy, self._rollout)
+        with self._timed("weight_sync_s", place), awake(self._policy), awake(self.rollout, "weights"):
+            sync_weights(self._policy, self.rollout)
         self._synced = True
 
     def _generate(self, prompts: Sequence[dict[str, Any]], num_generations: int, place: Place) -> list[Completion]:
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
         seeds = completion_seeds(self._args.seed, place, len(rows))
         ids = [row["prompt_ids"] for row in rows]
-        with self._timed("generation_s", place), awake(self._rollout):
-            completions = self._rollout.generate(ids, self._generation, seeds, self._run.state.global_step)
-            completions = redistribute(completions, self._rollout, self._groups)
+        completions = None
+        while completions is None:
+            try:
+                completions = self._completions(ids, seeds, place)
+            except EngineError as failure:
+                self._restart(failure, place)
         for completion, row in zip(completions, rows, strict=True):
             completion.row = {name: value for name, value in row.items() if name not in ("prompt_ids", ROW_NUMBER)}
             completion.row_number = row.get(ROW_NUMBER)
         return completions
+
+    def _completions(self, ids: list[list[int]], seeds: list[int], place: Place) -> list[Completion]:
+        """Of the whole job; EngineError on all ranks alike, which leaves the engine as it is."""
+        with self._timed("generation_s", place), awake(self.rollout):
+            mine, failure = [], None
+            try:
+                mine = self.rollout.generate(ids, self._generation, seeds, self._run.state.global_step)
+            except EngineError as error:
+                failure = str(error)
+            agree_on_failure(failure, self._groups.world)
+            return redistribute(mine, self.rollout, self._groups)
+
+    def _restart(self, failure: EngineError, place: Place) -> None:
+        """A fresh engine with the policy's weights in place of the one that failed; once in a run."""
+        if self._restarts:
+            raise UserError(
+                f"vLLM failed {failure}; it had been started anew once in this run, and stops it now: mend the cause, "
+                "then resume from the last checkpoint (a limit that was too short: raise vllm_timeout)"
+            ) from failure
+        self._run.say(f"vLLM failed {failure}; it is started anew, once, and the round is sampled again")
+        self.rollout.close()
+        self.rollout = self._fresh_rollout()
+        self.rollout.sleep()
+        self._restarts += 1
+        self._run.window.set(vllm_restarts=self._restarts)
+        self.policy_changed()
+        self._sync(place)
 
     def _score(self, completions: list[Completion], num_generations: int, place: Place) -> RewardResult:
         prompts = [completion.row["prompt"] for completion in completions]

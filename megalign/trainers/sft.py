@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from megalign.algos.supervised import sft_loss
 from megalign.config import SFTConfig
+from megalign.data.broken import Skipped
 from megalign.data.packing import sequences_of
 from megalign.data.supervised import prepare_sft
 from megalign.trainers.base import DATA_FIELDS
@@ -26,10 +27,10 @@ class SFTTrainer(OfflineTrainer):
         "optimizer_cls_and_kwargs": "the optimizer is Megatron's sharded AdamW; set learning_rate and adam_*",
     }
 
-    def tokenized(self, dataset: Dataset, *, for_evaluation: bool) -> Dataset:
+    def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """Rows of tokens and loss masks, or packs of them."""
         packing, size = self.args.eval_packing if for_evaluation else None, self.architecture.vocab_size
-        return prepare_sft(dataset, self.processing_class, self.args, packing=packing, vocab_size=size)
+        return prepare_sft(dataset, self.processing_class, self.args, packing=packing, vocab_size=size, skipped=skipped)
 
     def sequences(self, rows: Sequence[Mapping[str, Any]]) -> Sequences:
         """A row, or the rows of a pack."""

@@ -104,6 +104,15 @@ def test_the_reward_functions_give_up_before_the_ranks_that_wait_for_them():
     assert "ddp_timeout 60 " in error(GRPOConfig(ddp_timeout=60), 1)
 
 
+def test_a_replica_gives_up_before_those_that_wait_for_it():
+    GRPOConfig(vllm_timeout=1799).validate(2)
+    message = error(GRPOConfig(vllm_timeout=1800), 2)
+    assert "vllm_timeout 1800" in message and "ddp_timeout 1800" in message
+    GRPOConfig(vllm_timeout=1800).validate(1)
+    GRPOConfig(vllm_timeout=1800, vllm_tensor_parallel_size=2).validate(2)
+    GRPOConfig(vllm_timeout=None).validate(2)
+
+
 def test_evaluation_rows_are_not_given_in_vain():
     assert "eval_dataset_name='held_out.jsonl'" in error(SFTConfig(eval_dataset_name="held_out.jsonl"), 1)
     SFTConfig(eval_dataset_name="held_out.jsonl", eval_on_start=True).validate(1)

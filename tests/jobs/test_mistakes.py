@@ -140,7 +140,7 @@ def test_a_mistake_ends_every_rank_with_one_line(name: str, here: Path) -> None:
     ("function", "parts"),
     [
         ("raises", ["it raised KeyError: 'no such answer'", "rewards.py:9", "must return a number or None"]),
-        ("hangs", ["did not answer within reward_timeout 1 s", "raise reward_timeout"]),
+        ("hangs", ["did not answer for completions ", "within reward_timeout 1 s", "raise reward_timeout"]),
         ("too_few", ["it returned 1 values for 2 completions", "return one for each"]),
     ],
 )

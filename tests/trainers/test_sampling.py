@@ -52,8 +52,9 @@ def sampled_thrice(monkeypatch: pytest.MonkeyPatch, *, engines_sleep: bool) -> l
             return RewardResult(rewards=torch.ones(len(completions), 1), extra={}, metrics={})
 
     sample = Sampling(
-        args, SimpleNamespace(is_dp_leader=False), run, policy=Recorder("policy", told),
-        rollout=Recorder("rollout", told), rewards=Rewards(), tokenizer=None, generation=GenerationParams(max_tokens=1),
+        args, SimpleNamespace(is_dp_leader=False, world=SimpleNamespace(size=1)), run, policy=Recorder("policy", told),
+        rollout=Recorder("rollout", told), fresh_rollout=lambda: None, rewards=Rewards(), tokenizer=None,
+        generation=GenerationParams(max_tokens=1),
     )  # fmt: skip
     prompts = [{"prompt": "a", "prompt_ids": [1]}, {"prompt": "b", "prompt_ids": [1, 2]}]
     first = sample(prompts, 2, Place("train", 0))

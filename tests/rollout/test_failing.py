@@ -1,0 +1,94 @@
+"""What an engine's failure becomes, and the clock that ends one which stalls."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from megalign.parallel.groups import Axis
+from megalign.rollout.failing import EngineError, agree_on_failure, failing_after
+from tests.ranks import run_ranks
+
+
+def test_whatever_ends_the_block_is_told_with_its_kind_on_one_line() -> None:
+    for error, told in ((ValueError("a\n  b"), "ValueError: a b"), (AssertionError(), "AssertionError")):
+        with pytest.raises(EngineError) as caught, failing_after(None):
+            raise error
+        assert str(caught.value) == told and caught.value.__cause__ is error
+    with failing_after(None):
+        pass
+
+
+def test_a_block_that_stalls_ends_at_the_limit() -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineError, match=r"^it did not answer within vllm_timeout 0\.2 s$"), failing_after(0.2):
+        time.sleep(30)
+    assert time.monotonic() - started < 10
+
+
+def test_code_that_catches_everything_is_ended_all_the_same() -> None:
+    caught = []
+    with pytest.raises(EngineError, match="vllm_timeout"), failing_after(0.1):
+        while True:
+            try:
+                time.sleep(30)
+            except Exception as error:
+                caught.append(error)
+                if len(caught) == 3:
+                    raise
+
+
+def test_another_alarm_waits_and_comes() -> None:
+    came: list[int] = []
+    handler = signal.signal(signal.SIGALRM, lambda number, frame: came.append(number))
+    earlier = signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with failing_after(30):
+            time.sleep(0.2)
+            assert not came
+        time.sleep(0.2)
+        assert came == [signal.SIGALRM]
+        with failing_after(0.05):
+            pass
+        time.sleep(0.1)  # no alarm is left behind
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *earlier)
+
+
+def test_in_another_thread_there_is_no_limit() -> None:
+    found: list[str] = []
+
+    def run() -> None:
+        with failing_after(0.05):
+            time.sleep(0.2)
+            found.append("done")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == ["done"]
+
+
+def told_on_each(causes: list[str | None]) -> str | None:
+    """On a rank: what it hears."""
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    axis = Axis(group=dist.group.WORLD, rank=rank, size=size, ranks=list(range(size)))
+    try:
+        agree_on_failure(causes[rank], axis)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("causes", "told"),
+    [([None, None], None), ([None, "x"], "on rank 1: x"), (["x", "y"], "on rank 0 and 1 more: x")],
+)
+def test_one_ranks_failure_is_everybodys(causes: list[str | None], told: str | None) -> None:
+    assert run_ranks(2, told_on_each, causes) == [told, told]
