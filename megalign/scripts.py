@@ -206,7 +206,8 @@ def get_dataset(mixture_config: DatasetMixtureConfig) -> DatasetDict | IterableD
 def _rows(one: DatasetConfig, streaming: bool) -> Dataset | IterableDataset:
     from datasets import load_dataset
 
-    from megalign.data.reading import UNREADABLE, load_rows, reason_of
+    from megalign.data.reading import UNREADABLE, load_rows
+    from megalign.data.table import reason_of
 
     if one.data_dir is None and one.data_files is None and one.split.isidentifier():
         rows = load_rows(one.path, split=one.split, field="path", config=one.name, streaming=streaming)

@@ -93,8 +93,8 @@ class HfReader:
         index = self.path / INDEX_FILE
         if index.exists():
             files: dict[str, set[str] | None] = {}
-            for name, file in read_json(index)["weight_map"].items():
-                if Path(file).name != file:  # it may have been downloaded
+            for name, file in _weight_map(index).items():
+                if not _is_file_name(file):  # it may have been downloaded
                     raise UserError(f"{index} names {file!r}, which is not beside it; name a file of the directory")
                 files.setdefault(file, set()).add(name)
             return files
@@ -102,6 +102,19 @@ class HfReader:
             f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model as safetensors "
             "(transformers' save_pretrained does)"
         )
+
+
+def _weight_map(index: Path) -> Mapping[str, Any]:
+    """Tensor name -> its file, as the index says."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{index} has no weight_map of tensors to files; copy it again from its origin")
+    return found
+
+
+def _is_file_name(file: Any) -> bool:
+    """Whether it names a file of the same directory: no path, no `..`, nothing that is no name."""
+    return isinstance(file, str) and Path(file).name == file and file not in ("", "..") and "\x00" not in file
 
 
 def _is_ignored(name: str, ignored: set[str]) -> bool:
@@ -114,9 +127,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} does not exist; {path.parent} is not a complete Hugging Face directory")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # json's and Unicode's errors are ValueErrors
         raise UserError(f"{path} is not valid JSON ({error}); copy it again from its origin") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); copy it again from its origin") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must be a mapping and is a {type(found).__name__}; copy it again from its origin")
+    return found
 
 
 def _open(path: Path) -> Any:

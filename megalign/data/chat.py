@@ -22,6 +22,8 @@ Message = dict[str, Any]
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # A template computes with what a row holds: its own complaints, and those of the Python in it.
 _OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+# transformers reads the files' JSON as it finds it.
+_OF_TOKENIZERS = (OSError, ValueError, TypeError, LookupError, AttributeError)
 _TOKENIZERS_OWN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {
     "chat_template",
     "documents",
@@ -33,9 +35,12 @@ _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or hub name."""
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no tokenizer that loads: {_first_line(error)}") from error
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # None would ask the terminal
+    except _OF_TOKENIZERS as error:
+        raise UserError(
+            f"{path} holds no tokenizer that loads: {_first_line(error)}; give one of transformers' own classes, whose "
+            "files are whole (code that comes with a model is not run)"
+        ) from error
 
 
 def adapt_tokenizer(

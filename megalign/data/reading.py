@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import (
     Dataset,
-    Features,
+    DatasetDict,
     IterableDataset,
     concatenate_datasets,
     interleave_datasets,
@@ -20,19 +18,19 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 from pyarrow.lib import ArrowException
-from transformers.utils import logging
+from yaml import YAMLError
 
 from megalign.data.broken import BROKEN, first_broken_line, rows_of_lines
+from megalign.data.table import as_table, reason_of
 from megalign.errors import UserError
-
-logger = logging.get_logger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
+# Of files about the rows (state.json, README.md) that are none, and of a loading script, which datasets refuses to run.
+_TORN = (ArrowException, OSError, LookupError, TypeError, AttributeError, RuntimeError)
 # What datasets raises for files that it cannot read: StopIteration is an empty one, ValueErrors are pyarrow's too.
 UNREADABLE = (DatasetGenerationError, StopIteration, ValueError)
-_NO_ROWS = ("corresponds to no data", "No columns to parse", "file size is 0 bytes")
 
 Rows = Dataset | IterableDataset  # the latter with streaming=True
 Splits = Mapping[str, Rows]
@@ -105,14 +103,6 @@ def _read_files(path: str, suffix: str, field: str, streaming: bool, skip_bad_ro
         ) from error
 
 
-def reason_of(error: BaseException) -> str:
-    """Why rows cannot be read, in the first line of the reader's own words; that there are none, in ours."""
-    lines = str(error.__cause__ or error).strip().splitlines() or [""]
-    if isinstance(error, StopIteration) or any(words in lines[0] for words in _NO_ROWS):
-        return "it holds no rows"
-    return lines[0]
-
-
 def _refuse_config(config: str | None, what: str) -> None:
     if config is not None:
         raise UserError(
@@ -124,7 +114,7 @@ def _refuse_config(config: str | None, what: str) -> None:
 def _read_directory(path: Path, config: str | None, field: str, streaming: bool) -> Splits:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         _refuse_config(config, f"{field}={str(path)!r} was written by save_to_disk")
-        saved = load_from_disk(str(path))
+        saved = _saved(path, field)
         splits = {"train": saved} if isinstance(saved, Dataset) else saved
         return {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else splits
     suffixes = {file.suffix for file in path.rglob("*") if file.suffix in _READERS}
@@ -132,7 +122,7 @@ def _read_directory(path: Path, config: str | None, field: str, streaming: bool)
         raise UserError(f"{field}={str(path)!r} holds no {', '.join(_READERS)} files; name a directory that does")
     try:
         return load_dataset(str(path), config, streaming=streaming)
-    except (DatasetGenerationError, StopIteration, ArrowException) as error:
+    except (*_TORN, DatasetGenerationError, StopIteration, YAMLError) as error:
         raise UserError(
             f"{field}={str(path)!r} cannot be read: {reason_of(error)}; mend or replace its files"
         ) from error
@@ -142,6 +132,16 @@ def _read_directory(path: Path, config: str | None, field: str, streaming: bool)
         # It has several configurations and none is named, or none of this name.
         reason = " ".join(str(error).strip().splitlines()[:2])  # the second line lists them
         raise UserError(f"{field}={str(path)!r} with dataset_config={config!r} cannot be read: {reason}") from error
+
+
+def _saved(path: Path, field: str) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(str(path))
+    except (*_TORN, ValueError) as error:
+        raise UserError(
+            f"{field}={str(path)!r} was written by save_to_disk and cannot be read ({type(error).__name__}: "
+            f"{reason_of(error)}); write it anew or copy it again"
+        ) from error
 
 
 def _from_hub(name: str, config: str | None, field: str, streaming: bool) -> Splits:
@@ -167,7 +167,7 @@ def _chosen(splits: Splits, split: str, what: str, only_split: bool) -> Rows:
     )
 
 
-# ---- several datasets, streams
+# ---- several datasets
 
 
 def mixed(parts: Sequence[Rows], names: Sequence[str], *, weights: Sequence[float] | None, seed: int) -> Rows:
@@ -198,95 +198,3 @@ def _columns(part: Rows, name: str) -> list[str]:
     for row in part:
         return [column for column in row if column != BROKEN]
     raise UserError(f"dataset_name {name!r} has no rows to mix; drop it")
-
-
-def take_rows(
-    stream: IterableDataset,
-    count: int | None,
-    *,
-    shuffle: bool = False,
-    seed: int = 0,
-    skip_bad_rows: bool = False,
-) -> Dataset:
-    """The first `count` rows of a stream, or all that it has, held in memory; `shuffle` is datasets' own, within a
-    buffer of 1000 rows.
-
-    A run of max_steps needs max_steps times the rows of a step. A stream that ends before is gone through again,
-    epoch after epoch, like any dataset.
-    """
-    stream = stream.shuffle(seed=seed) if shuffle else stream
-    try:
-        rows = list(islice(stream, count))
-    # pyarrow's: a line that is no JSON, a column that changes its type, a page of a .parquet file that is torn
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"the streamed rows cannot be read: {reason_of(error)}; mend or replace the file, or (of a .jsonl file) "
-            "leave its bad lines out with skip_bad_rows"
-        ) from error
-    if count is not None and 0 < len(rows) < count:
-        logger.warning("the stream ends after %d of the %d rows that max_steps takes: it begins anew", len(rows), count)
-    return as_table(rows, features=stream.features, skip_bad_rows=skip_bad_rows)
-
-
-_NO_COLUMN = (ArrowException, ValueError, TypeError, OverflowError)  # pyarrow's own errors, and Python's in it
-
-
-def as_table(
-    rows: Sequence[Mapping[str, Any]], *, features: Features | None = None, skip_bad_rows: bool = False
-) -> Dataset:
-    """Rows as a dataset with the columns of all of them; a row without a column has None there.
-
-    A column has one type: rows that differ in it are an error that names the first of them or, with `skip_bad_rows`,
-    are rows of one column (BROKEN) that says so.
-    """
-    kept = list(rows)
-    while True:
-        try:
-            return _one_table(kept, features)
-        except _MisfitError as misfit:
-            if not skip_bad_rows or (features is not None and BROKEN not in features):
-                raise UserError(f"dataset row {misfit.row}: {misfit}") from misfit
-            kept[misfit.row] = {BROKEN: str(misfit)}
-
-
-class _MisfitError(Exception):
-    """A row whose value does not go into one column with those before it."""
-
-    def __init__(self, row: int, text: str) -> None:
-        super().__init__(text)
-        self.row = row
-
-
-def _one_table(rows: Sequence[Mapping[str, Any]], features: Features | None) -> Dataset:
-    names = features or dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    try:
-        return _validated(columns, features)
-    except _NO_COLUMN as error:
-        for name, values in columns.items():
-            kind = None if features is None else Features({name: features[name]})
-            if (reason := _no_column(values, name, kind)) is not None:
-                lengths = range(1, len(values) + 1)
-                row = bisect_left(lengths, True, key=lambda few: _no_column(values[:few], name, kind) is not None)
-                raise _MisfitError(
-                    row,
-                    f"its {name!r} does not go into one column with the rows before it ({reason}); give the column one "
-                    "type in all rows",
-                ) from error
-        raise
-
-
-def _validated(columns: Mapping[str, list[Any]], features: Features | None) -> Dataset:
-    """The columns as a table. Bytes beside text become text that is not UTF-8: found out here, not when it is read."""
-    table = Dataset.from_dict(columns, features=features)
-    table.data.table.validate(full=True)
-    return table
-
-
-def _no_column(values: list[Any], name: str, kind: Features | None) -> str | None:
-    """Why the values are no column of a table (of this kind, where one is given), or None when they are one."""
-    try:
-        _validated({name: values}, kind)
-    except _NO_COLUMN as error:
-        return reason_of(error)
-    return None

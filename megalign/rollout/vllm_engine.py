@@ -106,6 +106,7 @@ class VllmEngine:
                 max_model_len=args.vllm_max_model_length,
                 model_impl=args.vllm_model_impl,
                 logprobs_mode="processed_logprobs",
+                trust_remote_code=False,
                 skip_tokenizer_init=not needs_tokenizer,
                 seed=args.seed,
                 **on_device,

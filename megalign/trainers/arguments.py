@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import TrainerCallback
 
 from megalign.config.base import field_of
-from megalign.data.reading import as_table, take_rows
+from megalign.data.table import as_table, take_rows
 from megalign.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")

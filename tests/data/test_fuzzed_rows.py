@@ -15,7 +15,7 @@ from megalign.data import preference, prompts, supervised, unpaired
 from megalign.data.collate import pack
 from megalign.data.completions import Completed
 from megalign.data.packing import sequences_of
-from megalign.data.reading import as_table
+from megalign.data.table import as_table
 from megalign.errors import UserError
 from tests.data.fuzzed_rows import CASES, FORMATS, VOCAB, columns_of, is_plainly_wrong, malformed
 from tests.data.tokenizers_made_here import CHATML, LLAMA3, PLAIN, make_tokenizer, marked, unmarked

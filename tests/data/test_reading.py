@@ -11,7 +11,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from megalign.cli import _datasets
 from megalign.config import SFTConfig
-from megalign.data.reading import as_table, load_rows, load_split, mixed, take_rows
+from megalign.data.reading import load_rows, load_split, mixed
+from megalign.data.table import as_table, take_rows
 from megalign.errors import UserError
 
 ROWS = [{"text": "one", "n": 1}, {"text": "two", "n": 2}]

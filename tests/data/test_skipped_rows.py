@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 
 from megalign.config import SFTConfig
 from megalign.data.broken import BROKEN, Skipped
-from megalign.data.reading import as_table, load_rows, load_split, take_rows
+from megalign.data.reading import load_rows, load_split
+from megalign.data.table import as_table, take_rows
 from megalign.errors import UserError
 from tests.data.fuzzed_rows import FORMATS, VOCAB
 from tests.data.test_fuzzed_rows import TOKENIZERS, reader_of

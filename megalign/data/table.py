@@ -1,0 +1,120 @@
+"""Rows of Python and of streams as a table, and why rows cannot be read."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset
+from pyarrow.lib import ArrowException
+from transformers.utils import logging
+
+from megalign.data.broken import BROKEN
+from megalign.errors import UserError
+
+logger = logging.get_logger(__name__)
+
+_LONGEST = 300  # characters of a reason: some list all that would be right
+_NO_ROWS = ("corresponds to no data", "No columns to parse", "file size is 0 bytes")
+
+
+def reason_of(error: BaseException) -> str:
+    """Why rows cannot be read, in the first line of the reader's own words; that there are none, in ours."""
+    lines = str(error.__cause__ or error).strip().splitlines() or [""]
+    if isinstance(error, StopIteration) or any(words in lines[0] for words in _NO_ROWS):
+        return "it holds no rows"
+    return lines[0][:_LONGEST]
+
+
+def take_rows(
+    stream: IterableDataset,
+    count: int | None,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+) -> Dataset:
+    """The first `count` rows of a stream, or all that it has, held in memory; `shuffle` is datasets' own, within a
+    buffer of 1000 rows.
+
+    A run of max_steps needs max_steps times the rows of a step. A stream that ends before is gone through again,
+    epoch after epoch, like any dataset.
+    """
+    stream = stream.shuffle(seed=seed) if shuffle else stream
+    try:
+        rows = list(islice(stream, count))
+    # pyarrow's: a line that is no JSON, a column that changes its type, a page of a .parquet file that is torn
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(
+            f"the streamed rows cannot be read: {reason_of(error)}; mend or replace the file, or (of a .jsonl file) "
+            "leave its bad lines out with skip_bad_rows"
+        ) from error
+    if count is not None and 0 < len(rows) < count:
+        logger.warning("the stream ends after %d of the %d rows that max_steps takes: it begins anew", len(rows), count)
+    return as_table(rows, features=stream.features, skip_bad_rows=skip_bad_rows)
+
+
+_NO_COLUMN = (ArrowException, ValueError, TypeError, OverflowError)  # pyarrow's own errors, and Python's in it
+
+
+def as_table(
+    rows: Sequence[Mapping[str, Any]], *, features: Features | None = None, skip_bad_rows: bool = False
+) -> Dataset:
+    """Rows as a dataset with the columns of all of them; a row without a column has None there.
+
+    A column has one type: rows that differ in it are an error that names the first of them or, with `skip_bad_rows`,
+    are rows of one column (BROKEN) that says so.
+    """
+    kept = list(rows)
+    while True:
+        try:
+            return _one_table(kept, features)
+        except _MisfitError as misfit:
+            if not skip_bad_rows or (features is not None and BROKEN not in features):
+                raise UserError(f"dataset row {misfit.row}: {misfit}") from misfit
+            kept[misfit.row] = {BROKEN: str(misfit)}
+
+
+class _MisfitError(Exception):
+    """A row whose value does not go into one column with those before it."""
+
+    def __init__(self, row: int, text: str) -> None:
+        super().__init__(text)
+        self.row = row
+
+
+def _one_table(rows: Sequence[Mapping[str, Any]], features: Features | None) -> Dataset:
+    names = features or dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    try:
+        return _validated(columns, features)
+    except _NO_COLUMN as error:
+        for name, values in columns.items():
+            kind = None if features is None else Features({name: features[name]})
+            if (reason := _no_column(values, name, kind)) is not None:
+                lengths = range(1, len(values) + 1)
+                row = bisect_left(lengths, True, key=lambda few: _no_column(values[:few], name, kind) is not None)
+                raise _MisfitError(
+                    row,
+                    f"its {name!r} does not go into one column with the rows before it ({reason}); give the column one "
+                    "type in all rows",
+                ) from error
+        raise
+
+
+def _validated(columns: Mapping[str, list[Any]], features: Features | None) -> Dataset:
+    """The columns as a table. Bytes beside text become text that is not UTF-8: found out here, not when it is read."""
+    table = Dataset.from_dict(columns, features=features)
+    table.data.table.validate(full=True)
+    return table
+
+
+def _no_column(values: list[Any], name: str, kind: Features | None) -> str | None:
+    """Why the values are no column of a table (of this kind, where one is given), or None when they are one."""
+    try:
+        _validated({name: values}, kind)
+    except _NO_COLUMN as error:
+        return reason_of(error)
+    return None
