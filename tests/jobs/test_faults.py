@@ -92,9 +92,9 @@ def add_callback(callback: TrainerCallback) -> None:
 
 
 @contextlib.contextmanager
-def in_step(number: int, name: str, here: Path, first: Callable[[], None] = slow) -> Iterator[ForkedJob]:
+def in_step(number: int, name: str, here: Path, *more: object, first: Callable[[], None] = slow) -> Iterator[ForkedJob]:
     """A job on two tensor ranks, in the middle of its step of that number, from 0 on."""
-    with forked_job(words(name, *TP2), here, first=first) as job:
+    with forked_job(words(name, *TP2, *more), here, first=first) as job:
         end = time.monotonic() + 120
         while not (here / name / f"began-{number}").exists():
             assert time.monotonic() < end, job.stderr
@@ -130,7 +130,8 @@ def test_a_request_to_stop_saves_the_step_on_all_ranks_and_the_next_start_goes_o
     cause: str, here: Path, whole: Path
 ) -> None:
     output_dir = here / f"asked by {cause}"
-    with in_step(3, output_dir.name, here) as job:
+    more = ["--async_save", True] if cause == "STOP" else []  # what is being written then is written to its end
+    with in_step(3, output_dir.name, here, *more) as job:
         REQUESTS[cause](job, output_dir)
         assert job.wait(60) == [0, 0], job.stderr
         assert error_lines(job.stderr) == []
