@@ -29,6 +29,7 @@ class Batch:
     unpadded_lengths: Tensor | None = None  # [S] int64, where sequences have pads at their ends
     token_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each
     sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S] each
+    rows: tuple[int, ...] = ()  # of the dataset, where they are known: for what is said about the batch
 
     def __post_init__(self) -> None:
         for name, column in self.token_columns.items():
@@ -124,6 +125,7 @@ class Completion:
     policy_version: int  # optimizer steps taken by the policy that sampled it
     completion_mask: list[bool] = field(default_factory=list)  # False where a tool wrote the token
     row: Mapping[str, Any] = field(default_factory=dict)  # the dataset row's other columns
+    row_number: int | None = None  # in the dataset
 
     def __post_init__(self) -> None:
         if not self.completion_mask:

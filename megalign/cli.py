@@ -6,11 +6,12 @@ Torch is imported only after every option has been understood.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megalign import failure, launch
+from megalign import failure, launch, liveness
 from megalign.config import (
     DPOConfig,
     GRPOConfig,
@@ -82,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
+        failure.let_a_death_be_told(error)
         failure.report_error(str(error))
-    except RuntimeError:
+    except RuntimeError as error:
         # A peer that left takes its connections with it; what gloo or NCCL say then is not news.
-        if not failure.another_rank_reported():
+        if not failure.is_echo(error):
             raise
     else:
         return 0
@@ -109,8 +111,10 @@ def _run(argv: list[str]) -> None:
         return
     command = COMMANDS[name]
     args = parse_arguments(command.config, argv)
-    args.validate(launch.prepare_environment())
+    world = launch.prepare_environment()
+    args.validate(world)
     _check_given(args, command)
+    liveness.start(int(os.environ["RANK"]), world)
     _train(args, command)
 
 

@@ -13,6 +13,7 @@ import tempfile
 from types import TracebackType
 from typing import NoReturn
 
+from megalign import liveness
 from megalign.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -20,13 +21,19 @@ EXIT_USER_ERROR = 2
 
 def report_error(message: str) -> None:
     """Prints `megalign: error: message` on one line, once in the whole job, whichever ranks meet the error."""
-    # A rank that leaves first makes torchrun end this one, perhaps between its claim and its line.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _outlast_launcher()
     if _claim_error():
         line = " ".join(message.split())
         # Once the job runs, the cursor may stand behind a progress bar, of this rank or of another.
         start = "" if default_store() is None else "\n"
         print(f"{start}megalign: error: {line}", file=sys.stderr, flush=True)
+        # Only whoever has spoken ends the others: one that has the word may not have used it yet.
+        liveness.end_job(EXIT_USER_ERROR)
+
+
+def _outlast_launcher() -> None:
+    """A rank that leaves first makes torchrun end this one, perhaps between its claim and its line."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @functools.cache  # each trainer of a script asks for it, and hooks nest
@@ -40,9 +47,10 @@ def report_uncaught() -> None:
         elif isinstance(error, UserError):
             # torch.distributed's own hook, which calls this one, would keep the line for later.
             sys.stderr = sys.__stderr__
+            let_a_death_be_told(error)
             report_error(str(error))
             end_at_once(EXIT_USER_ERROR)
-        elif isinstance(error, RuntimeError) and another_rank_reported():
+        elif is_echo(error):
             end_at_once(EXIT_USER_ERROR)
         else:
             previous(kind, error, trace)
@@ -50,15 +58,35 @@ def report_uncaught() -> None:
     sys.excepthook = report
 
 
+def let_a_death_be_told(error: BaseException) -> None:
+    """Does not return if a peer's death is what a UserError was made of: of a checkpoint that was cut short, say."""
+    cause = error.__cause__ or error.__context__
+    # torch.distributed.checkpoint's errors are RuntimeErrors of other ranks in a wrapper that is no Exception.
+    if cause is not None and (isinstance(cause, RuntimeError) or not isinstance(cause, Exception)):
+        _outlast_launcher()
+        liveness.await_verdict()
+
+
 def end_at_once(status: int) -> NoReturn:
     """Ends the process without waiting for threads: those of NCCL or vLLM could hold it for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
+    liveness.leave()
     os._exit(status)
 
 
+def is_echo(error: BaseException) -> bool:
+    """Whether a failed collective only follows from an error that another rank has reported; or from its death, and
+    then this does not return."""
+    if not isinstance(error, RuntimeError):
+        return False
+    _outlast_launcher()
+    liveness.await_verdict()
+    return another_rank_reported()
+
+
 def another_rank_reported() -> bool:
-    """Whether a failed collective is only the echo of an error that another rank has reported."""
+    """Whether the job ends for an error that another rank has told of."""
     store = default_store()
     if store is None:
         return False

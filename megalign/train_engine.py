@@ -24,6 +24,7 @@ from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
 from megalign.model.attention import PackedSequences
 from megalign.model.build import HiddenStatesModel, build_model
+from megalign.model.finiteness import Finiteness, Skipped
 from megalign.model.heads import language_model_columns, score_columns
 from megalign.model.layer_spec import not_in_transformer_engine
 from megalign.model.offload import Offload
@@ -47,6 +48,7 @@ class StepResult:
     grad_norm: float  # before clipping
     metrics: dict[str, float]
     counts: Counts
+    skipped: Skipped | None = None  # when loss or gradient were not finite: no weight and no optimizer state changed
 
 
 class TrainEngine:
@@ -103,18 +105,25 @@ class TrainEngine:
         assert self._optimizer is not None, "a frozen engine has no optimizer"
         counts = counts or reduce_counts(batches, self.groups)
         batches = self._placed(batches)
+        finiteness = Finiteness()
         optimizer.zero_gradients(self._chunks, self._optimizer)
         shares = pipeline.train(
             self._chunks,
             batches,
             self._stage,
             self._head,
-            lambda columns, batch: loss_fn(columns, batch, counts),
+            finiteness.watched(lambda columns, batch: loss_fn(columns, batch, counts)),
             self.groups,
         )
-        grad_norm = optimizer.step(self._optimizer, learning_rate)
+        grad_norm, changed = optimizer.step(self._optimizer, learning_rate)
         metrics = reduce_metrics(shares, self.groups)
-        return StepResult(loss=metrics.pop("loss"), grad_norm=grad_norm, metrics=metrics, counts=counts)
+        return StepResult(
+            loss=metrics.pop("loss"),
+            grad_norm=grad_norm,
+            metrics=metrics,
+            counts=counts,
+            skipped=None if changed else finiteness.skipped(batches, self.groups),
+        )
 
     def eval_step(self, batches: list[Batch], loss_fn: LossFn, *, counts: Counts | None = None) -> dict[str, float]:
         """The loss and its metrics over all ranks' batches, without gradient."""
@@ -172,10 +181,16 @@ class TrainEngine:
         self._describe(path, special_tokens or {})
         return checksums
 
-    def begin_save(self, path: str, *, special_tokens: Mapping[str, int] | None = None) -> checkpoint.Saving:
+    def begin_save(
+        self, path: str, *, special_tokens: Mapping[str, int] | None = None, weights_only: bool = False
+    ) -> checkpoint.Saving:
         """The same in the background: the engine may train, sleep or end meanwhile; collective."""
-        self._weights()
-        saving = checkpoint.begin_save(path, self._chunks, self._optimizer)
+        models = self._weights()
+        saving = (
+            checkpoint.begin_save(path, list(models), None)
+            if weights_only
+            else checkpoint.begin_save(path, self._chunks, self._optimizer)
+        )
         self._describe(path, special_tokens or {})
         return saving
 

@@ -158,12 +158,15 @@ def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from megalign import liveness
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=100))
     while True:
         try:
             fn, args = pipe.recv()
         except EOFError:
+            liveness.leave()
             return
         try:
             pipe.send((True, fn(*args)))

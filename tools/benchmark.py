@@ -2,6 +2,7 @@
 
     python tools/benchmark.py {sft,grpo} --json FILE [--model DIR] [--dataset FILE.jsonl] [--repetitions 5]
     python tools/benchmark.py convert ...    # the conversion tools beside a copy: tools/benchmark_convert.py
+    python tools/benchmark.py save ...       # checkpoints beside the training or in it: tools/benchmark_save.py
 
 Each engine has a process of its own, with one rank, and takes its next step when the other has taken one, so that
 a machine that slows down slows both. CUDA is used when there is one. TRL comes with tools/requirements-test.txt.
@@ -392,9 +393,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["convert"]:
-        convert = Path(__file__).with_name("benchmark_convert.py")
-        sys.exit(subprocess.run([sys.executable, convert, *words[1:]], check=False).returncode)
+    if words[:1] in (["convert"], ["save"]):
+        other = Path(__file__).with_name(f"benchmark_{words[0]}.py")
+        sys.exit(subprocess.run([sys.executable, other, *words[1:]], check=False).returncode)
     options = parse_arguments(arguments)
     if importlib.util.find_spec("trl") is None:
         sys.exit("megalign: error: trl is not installed; tools/install.sh cpu --test installs it")

@@ -24,12 +24,12 @@ from megalign.conversion.hf_config import write_companions
 from megalign.conversion.hf_files import HfReader, read_config
 from megalign.conversion.hf_writer import HfDirectory, parse_size
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
 
 def dtype_of(name: str | None) -> torch.dtype | None:
     """An option's; None: each tensor keeps its own."""
-    return (
-        None if name is None else {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
-    )
+    return None if name is None else _DTYPES[name]
 
 
 @contextmanager
@@ -78,18 +78,8 @@ def megatron_to_hf(
     tensors = HfTensors(directory, architecture)
     entries = [Entry(name, shape, tensors.dtype(name, dtype)) for name, shape in tensors.shapes().items()]
     shards = split_into_shards(entries, max_bytes)
-    mine = job.share([sum(entry.nbytes for entry in shard) for shard in shards])
-    target = HfDirectory(output, source, config_changes=exported_config(config, architecture, None))
-    job.barrier()  # all have looked whether the output is new
-    if job.rank == 0:
-        target.begin()
-    job.barrier()
-    with Meter(job, str(output), sum(entry.nbytes for number in mine for entry in shards[number])) as meter:
-        for number in mine:
-            with target.told():
-                write_shard(
-                    target.shard_file(number), shards[number], lambda n: tensors.blocks(n, dtype), meter.written
-                )
+    target = _begin(job, output, source, exported_config(config, architecture, None))
+    _write_share(job, target, shards, tensors, dtype)
     job.barrier()
     if job.rank == 0:
         kind = Counter(entry.dtype for entry in entries).most_common(1)[0][0]
@@ -97,6 +87,34 @@ def megatron_to_hf(
         target.finish(names, sum(entry.nbytes for entry in entries), kind)
     job.barrier()
     return tensors.index.pad_rows
+
+
+def _begin(job: Job, output: Path, source: Path, changes: dict[str, Any]) -> HfDirectory:
+    job.barrier()  # all have looked whether the output is new
+    if job.rank == 0 and output.exists():
+        output.rmdir()  # an empty one: the new one comes at once, or not
+    job.barrier()
+    target = HfDirectory(output, source, config_changes=changes)
+    if job.rank == 0:
+        target.begin()
+    job.barrier()
+    return target
+
+
+def _write_share(
+    job: Job, target: HfDirectory, shards: list[list[Entry]], tensors: HfTensors, dtype: torch.dtype | None
+) -> None:
+    mine = job.share([sum(entry.nbytes for entry in shard) for shard in shards])
+    with Meter(job, str(target.path), sum(entry.nbytes for number in mine for entry in shards[number])) as meter:
+        for number in mine:
+            with target.told():
+                write_shard(
+                    target.shard_file(number),
+                    shards[number],
+                    lambda name: tensors.blocks(name, dtype),
+                    meter.written,
+                    tensors.reader.run_of,
+                )
 
 
 def _common(architecture: Architecture) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megalign.checkpoints.raw import FileRun, send
 from megalign.conversion.hf_files import SAFETENSORS_DTYPES
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -43,9 +44,16 @@ def split_into_shards(entries: Iterable[Entry], max_bytes: int) -> list[list[Ent
 
 
 def write_shard(
-    file: Path, entries: Sequence[Entry], blocks: Callable[[str], list[Tensor]], written: Callable[[int], None]
+    file: Path,
+    entries: Sequence[Entry],
+    blocks: Callable[[str], list[Tensor]],
+    written: Callable[[int], None],
+    run_of: Callable[[Tensor], FileRun | None] = lambda block: None,
 ) -> None:
-    """One file; `blocks` gives each tensor, as runs of its rows, when its turn comes."""
+    """One file; `blocks` gives each tensor, as runs of its rows, when its turn comes.
+
+    `run_of` says where the bytes of a block that is a view of a file are.
+    """
     # As safetensors does: wider numbers first, so that all are aligned.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
     with file.open("wb") as stream:
@@ -54,6 +62,10 @@ def write_shard(
             start = stream.tell()
             for block in blocks(entry.name):
                 assert block.dtype is entry.dtype, entry.name
+                run = run_of(block)
+                if run is not None:
+                    send(run, stream)
+                    continue
                 stream.write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
             assert stream.tell() - start == entry.nbytes, entry.name
             written(entry.nbytes)

@@ -13,8 +13,9 @@ from megalign.checkpoints.reader import TorchDistReader, numel
 from megalign.checkpoints.stored import stored_name
 from megalign.conversion.hf_files import read_config
 
-# Megatron-LM's names of its options, which are the configs' here.
+# Axes as a trainer's manifest names them, and Megatron-LM's options.
 _LAYOUT = (
+    *("tp", "cp", "pp", "dp", "ep", "etp", "vpp"),
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
@@ -59,7 +60,7 @@ def summary_of(path: Path) -> Summary:
         for name in reader.names()
     ]
     manifest, common = manifest_of(directory), reader.common()
-    noted = manifest.get("settings") or vars(common.get("args", _Nothing()))
+    noted = manifest.get("layout") or vars(common.get("args", _Nothing()))
     beside = directory / HUGGING_FACE
     architectures = read_config(beside).get("architectures") if beside.is_dir() else None
     return Summary(

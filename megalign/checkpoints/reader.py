@@ -13,12 +13,13 @@ import mmap
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from megalign.checkpoints.raw import FileRun
 from megalign.errors import UserError
 from megalign.unpickle import METADATA_FILE, damage_told, load_data, read_inert, read_metadata
 
@@ -46,6 +47,7 @@ class TorchDistReader:
         self._tensors = {name: entry for name, entry in found if isinstance(entry, TensorStorageMetadata)}
         self._chunks: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._files: dict[str, mmap.mmap] = {}
+        self._begins: list[tuple[int, int, IO[bytes]]] = []  # address and length of each mapped file
         self._opened = functools.lru_cache(maxsize=256)(self._open)
 
     def names(self) -> list[str]:
@@ -95,6 +97,14 @@ class TorchDistReader:
                     tuple(mine), self._opened(name, tuple(chunk.offsets), tuple(chunk.sizes))[inner][tuple(theirs)]
                 )
 
+    def run_of(self, view: Tensor) -> FileRun | None:
+        """The bytes of a view in the file that it is of; None where they are not one run."""
+        if view.is_contiguous():
+            for begin, length, file in self._begins:
+                if begin <= view.data_ptr() < begin + length:
+                    return FileRun(file, view.data_ptr() - begin, view.nbytes)
+        return None
+
     def _chunks_at(self, name: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
         if name not in self._chunks:
             table: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
@@ -120,7 +130,7 @@ class TorchDistReader:
                 f"{told} is not {list(sizes)} of {self.dtype(name)}, as {METADATA_FILE} says; copy it again"
             )
         with damage_told(told):
-            start, length = _numbers(window, told)
+            start, length = numbers_in(window, told)
         mapped, count = self._mapped(info.relative_path), length // shape.itemsize
         numbers = torch.frombuffer(mapped, dtype=shape.dtype, count=count, offset=info.offset + start)
         with damage_told(told):  # strides beyond the numbers
@@ -136,11 +146,13 @@ class TorchDistReader:
         if file not in self._files:
             path = self.path / file
             try:
-                with path.open("rb") as opened:
-                    # Private and writable, else torch warns of each view; nothing writes.
-                    self._files[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                opened = path.open("rb")  # for as long as the conversion
+                # Private and writable, else torch warns of each view; nothing writes.
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+            self._files[file] = mapped
+            self._begins.append((torch.frombuffer(mapped, dtype=torch.uint8).data_ptr(), len(mapped), opened))
         return self._files[file]
 
 
@@ -170,7 +182,7 @@ class _Window(io.RawIOBase):
         return len(read)
 
 
-def _numbers(window: memoryview, told: str) -> tuple[int, int]:
+def numbers_in(window: memoryview, told: str) -> tuple[int, int]:
     """Where in torch.save's archive a tensor's bytes begin, and how many they are."""
     with zipfile.ZipFile(io.BufferedReader(_Window(window))) as archive:
         entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]

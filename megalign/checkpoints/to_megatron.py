@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megalign.checkpoints.raw import FileRun, SafetensorsRuns
 from megalign.checkpoints.stored import places
 from megalign.checkpoints.to_hf import KEPT_IN_FP32
 from megalign.checkpoints.writer import Chunk
@@ -22,6 +23,7 @@ _MAX_CHUNK_BYTES = 256 << 20  # so that an embedding of gigabytes is never whole
 
 def chunks_of(reader: HfReader, architecture: Architecture, dtype: torch.dtype | None) -> Iterator[Chunk]:
     """Every tensor of the model as chunks, in the order of the Hugging Face tensors. Rows split, columns never."""
+    runs = SafetensorsRuns(reader)
     for rule, key in expand(rules_of(architecture), architecture):
         if rule.duplicate:
             continue
@@ -38,6 +40,7 @@ def chunks_of(reader: HfReader, architecture: Architecture, dtype: torch.dtype |
                     offsets=(*place.index, first, *(0 for _ in shape[1:])),
                     sizes=(*(1 for _ in range(front)), end - first, *shape[1:]),
                     make=partial(_made, reader, made_of, (first, end), shape, kept, front),
+                    source=_source(runs, reader, made_of, (first, end), kept),
                 )
 
 
@@ -61,6 +64,16 @@ def _blocks(shape: tuple[int, ...], dtype: torch.dtype, made_of: list[Piece]) ->
     ends = {piece.shard_index[0].stop for piece in made_of} if len(made_of) == 2 else set()
     cuts = sorted({0, rows, *range(0, rows, step), *ends})
     yield from zip(cuts[:-1], cuts[1:], strict=True)
+
+
+def _source(
+    runs: SafetensorsRuns, reader: HfReader, made_of: list[Piece], rows: tuple[int, int], dtype: torch.dtype
+) -> FileRun | None:
+    """The rows' bytes in a file, where they stand there as they are to be written."""
+    parts = [part for piece in made_of if (part := rows_of(piece, *rows)) is not None]
+    if len(parts) != 1 or reader.dtype(parts[0].hf_name) is not dtype:
+        return None
+    return runs.run_of(parts[0], dtype.itemsize)
 
 
 def _made(

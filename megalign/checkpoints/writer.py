@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -31,9 +34,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
-from megalign.checkpoints.reader import COMMON_FILE, CONFIG_FILE
+from megalign.checkpoints.raw import FileRun, send
+from megalign.checkpoints.reader import COMMON_FILE, CONFIG_FILE, numbers_in
 from megalign.unpickle import METADATA_FILE
 
 _MAX_FILE_BYTES = 4 << 30
@@ -52,6 +56,7 @@ class Chunk:
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     make: Callable[[], Tensor]
+    source: FileRun | None = None  # its bytes, where a file has them as they are
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +80,12 @@ def write_checkpoint(
     # Two thirds of torch.save's time, and nothing reads them: torch.load does not.
     set_crc32_options(False)
     try:
-        dcp.save({}, storage_writer=_Writer(path), planner=_Planner(chunks, objects, written), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is enough
+            dcp.save({}, storage_writer=_Writer(path), planner=_Planner(chunks, objects, written), no_dist=alone)
+    except CheckpointException as error:  # of all ranks; no Exception
+        failure, _ = next(iter(error.failures.values()))
+        raise failure from error
     finally:
         set_crc32_options(crc)
     if alone or dist.get_rank() == 0:
@@ -118,10 +128,18 @@ class _Planner(SavePlanner):
             torch.save([None], content)
             return content
         chunk = self._chunks[write_item.index.fqn, tuple(write_item.index.offset)]
+        self._written(chunk.nbytes)
+        if chunk.source is not None:
+            return torch.empty(chunk.sizes, dtype=chunk.dtype)  # pages that nothing touches are no memory
         tensor = chunk.make()
         assert (tuple(tensor.shape), tensor.dtype) == (chunk.sizes, chunk.dtype), f"{chunk.name}: {tensor.shape}"
-        self._written(chunk.nbytes)
         return _alone_in_its_storage(tensor)
+
+    def source_of(self, write_item: WriteItem) -> FileRun | None:
+        """The file's bytes that stand for what `resolve_data` gives."""
+        if write_item.type == WriteItemType.BYTE_IO:
+            return None
+        return self._chunks[write_item.index.fqn, tuple(write_item.index.offset)].source
 
 
 class _Writer(StorageWriter):
@@ -145,12 +163,12 @@ class _Writer(StorageWriter):
         """Nothing to add."""
         return plans
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: _Planner) -> Future[list[WriteResult]]:
         """Item after item, each forgotten before the next is made."""
         results, items, number = [], list(plan.items), 0
         while items:
             file = f"__{self._rank}_{number}.distcp"
-            with open(self._path / file, "wb") as stream:
+            with open(self._path / file, "w+b") as stream:
                 while items and stream.tell() < _MAX_FILE_BYTES:
                     results.append(_write(items.pop(0), planner, stream, file))
             number += 1
@@ -171,16 +189,33 @@ class _Writer(StorageWriter):
         return True
 
 
-def _write(item: WriteItem, planner: SavePlanner, stream: Any, file: str) -> WriteResult:
+def _write(item: WriteItem, planner: _Planner, stream: Any, file: str) -> WriteResult:
     stream.seek(-(-stream.tell() // _ALIGNMENT) * _ALIGNMENT)
-    offset = stream.tell()
+    offset, source = stream.tell(), planner.source_of(item)
     data = planner.resolve_data(item)
     if isinstance(data, io.BytesIO):
         stream.write(data.getbuffer())
-    else:
+    elif source is None:
         torch.save(data, stream)
-    length = stream.tell() - offset
-    return WriteResult(item.index, length, _StorageInfo(file, offset, length))
+    else:
+        with skip_data():  # torch.save leaves a gap where the numbers belong
+            torch.save(data, stream)
+    end = stream.tell()
+    if source is not None:
+        _fill(stream, offset, end, source)
+    return WriteResult(item.index, end - offset, _StorageInfo(file, offset, end - offset))
+
+
+def _fill(stream: Any, offset: int, end: int, source: FileRun) -> None:
+    """Puts a file's bytes into the gap of the archive at offset:end, and stands behind it again."""
+    stream.flush()
+    # Its header and its directory at the end are all that is read of it.
+    with mmap.mmap(stream.fileno(), end, access=mmap.ACCESS_READ) as mapped, memoryview(mapped)[offset:end] as window:
+        start, nbytes = numbers_in(window, stream.name)
+    assert nbytes == source.nbytes, f"{stream.name} at {offset}: {nbytes} {source}"
+    stream.seek(offset + start)
+    send(source, stream)
+    stream.seek(end)
 
 
 def _tensor_item(chunk: Chunk) -> WriteItem:

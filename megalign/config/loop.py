@@ -106,6 +106,10 @@ class LoopConfig(ComputeConfig):
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, minimum=0)
     """Gradients are clipped to this global norm; 0 does not clip."""
+    max_skipped_steps: int = option(5, minimum=0)
+    """A step whose loss or gradient is not finite on any rank is skipped on all: no weight and no optimizer state
+    changes, learning rate and rows go on, and the log counts it (skipped_steps) and names its dataset rows. After more
+    than this many in a row the run saves a checkpoint and ends with an error; 0 allows none. TRL goes on with NaN."""
     seed: int = option(42, minimum=0, maximum=_LARGEST_SEED)
     """Seed of initialisation, data order and sampling."""
     data_seed: int | None = option(None, minimum=0, maximum=_LARGEST_SEED)
@@ -143,13 +147,18 @@ class LoopConfig(ComputeConfig):
     """Steps between two checkpoints; below 1 a fraction of all steps."""
     save_total_limit: int | None = option(None, minimum=1)
     """Keep only this many of the newest checkpoints; all when not given."""
+    save_hf_steps: int | None = option(None, minimum=1)
+    """Steps between two exports of the policy as a Hugging Face directory, output_dir/hf-{step}, which is whole when it
+    is there; none when not given. Made by processes beside the ranks while training goes on, from host memory that
+    holds the weights once more."""
     async_save: bool = False
     """Write checkpoints by a process beside each rank while training goes on; one is whole, and may be resumed from,
     when its manifest.json is there. Takes host memory for what is written, up to weights and optimizer once more."""
     resume_from_checkpoint: str | None = None
     """Checkpoint directory to go on from, or latest (in output_dir; starts afresh when there is none)."""
     ddp_timeout: int = option(1800, minimum=1, maximum=365 * 24 * 3600)
-    """Seconds that a rank waits for the others in a collective before the job fails."""
+    """Seconds that a rank may wait for the others in a collective, or stand still otherwise, while it trains; then the
+    job ends, and every rank's stack is in output_dir/stacks/."""
 
     def __post_init__(self) -> None:
         if self.report_to is None or self.report_to in ("none", ["none"]):

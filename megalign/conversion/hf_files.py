@@ -34,6 +34,7 @@ class HfReader:
         self.path = Path(path)
         self.config = read_config(path)
         self._files: dict[str, Any] = {}  # tensor name -> its open file
+        self._paths: dict[str, Path] = {}
         for file, names in self._list_files().items():
             opened = _open(self.path / file)
             keys = set(opened.keys())
@@ -41,10 +42,15 @@ class HfReader:
             if absent:
                 raise UserError(f"{self.path / file} lacks {listing(absent)}, which {INDEX_FILE} promises")
             self._files.update(dict.fromkeys(names or keys, opened))
+            self._paths.update(dict.fromkeys(names or keys, self.path / file))
 
     def names(self) -> list[str]:
         """Every tensor of the directory."""
         return list(self._files)
+
+    def file_of(self, name: str) -> Path:
+        """Which file has a tensor."""
+        return self._paths[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +77,7 @@ def packed_share(
     """
     parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
     sizes = {"multiple": groups.token_multiple, "sequence_multiple": groups.sequence_multiple}
-    return [(part, pack(sequences_of(part), **sizes)) for part in parts]
+    return [(part, replace(pack(sequences_of(part), **sizes), rows=tuple(part))) for part in parts]
 
 
 def _rounded_up(value: int, multiple: int) -> int:

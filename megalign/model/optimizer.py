@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +11,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from megalign.errors import UserError
 from megalign.model.overlap import reduce_in_last_microbatch
 from megalign.patches.megatron import megatron_calls
 
@@ -60,19 +57,26 @@ def build_optimizer(chunks: list[nn.Module], args: LoopConfig) -> MegatronOptimi
     )
     with megatron_calls():
         optimizer = get_megatron_optimizer(config, chunks)
-    optimizer.get_grad_norm = partial(_checked_norm, optimizer.get_grad_norm)
+    _find_what_is_not_finite(optimizer)
     return optimizer
 
 
-def _checked_norm(norm: Callable[[], float]) -> float:
-    """Megatron asks for it between backward and update, and would scale every gradient by 1 / inf."""
-    value = float(norm())
-    if not math.isfinite(value):
-        raise UserError(
-            f"the gradient norm of the step is {value}, so no weight was changed; find what overflows in the "
-            "step's rows or rewards, or lower learning_rate"
-        )
-    return value
+def _find_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
+    """Makes Megatron skip a step whose gradient norm is not finite, as it does with a loss scaler's.
+
+    Of fp32 and bf16 Megatron looks at no gradient before it scales each by 1 / inf. The norm is of all ranks, so that
+    all decide alike; it is asked for once.
+    """
+    prepare, measure = optimizer.prepare_grads, optimizer.get_grad_norm
+    norm = math.nan
+
+    def prepare_grads() -> bool:
+        nonlocal norm
+        found_inf = prepare()
+        norm = float(measure())
+        return found_inf or not math.isfinite(norm)
+
+    optimizer.prepare_grads, optimizer.get_grad_norm = prepare_grads, lambda: norm
 
 
 def zero_gradients(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> None:
@@ -82,8 +86,8 @@ def zero_gradients(chunks: list[nn.Module], optimizer: MegatronOptimizer) -> Non
     optimizer.zero_grad()
 
 
-def step(optimizer: MegatronOptimizer, learning_rate: float) -> float:
-    """One clipped AdamW step; returns the gradient norm before clipping."""
+def step(optimizer: MegatronOptimizer, learning_rate: float) -> tuple[float, bool]:
+    """One clipped AdamW step: the gradient norm before clipping, and whether weights and state were changed by it."""
     config = optimizer.config
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_mult"]
@@ -92,9 +96,8 @@ def step(optimizer: MegatronOptimizer, learning_rate: float) -> float:
         # A resumed run's are its own, not the checkpoint's.
         group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
     with megatron_calls():
-        succeeded, grad_norm, _ = optimizer.step()
-    assert succeeded, "only fp16 loss scaling can skip a step, and megalign has none"
-    return float(grad_norm)
+        succeeded, _, _ = optimizer.step()
+    return optimizer.get_grad_norm(), succeeded
 
 
 def adam_states(optimizer: MegatronOptimizer) -> list[dict[str, Tensor]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import gc
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from megalign import device, launch
+from megalign import device, failure, launch, liveness
 from megalign.errors import UserError
 from megalign.patches import megatron as megatron_patches
 
@@ -192,14 +193,18 @@ def start_distributed(timeout_s: float) -> None:
                 f"torch.distributed was started with backend {dist.get_backend()!r}, which cannot carry CPU tensors; "
                 f"start it with {device.backend()!r}, or leave it to megalign"
             )
-        return
-    launch.prepare_environment()
-    device.select_device()
-    dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
+        liveness.start(dist.get_rank(), dist.get_world_size())
+    else:
+        world = launch.prepare_environment()
+        device.select_device()
+        liveness.start(int(os.environ["RANK"]), world)
+        dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
+    liveness.join(failure.default_store())
 
 
 def end_distributed() -> None:
     """Leaves the job, as the last thing that a process does."""
+    liveness.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -60,6 +60,11 @@ def gather_rows(mine: Mapping[int, T], axis: Axis) -> list[T]:
     """Values that the ranks hold of rows 0 .. N - 1, each row's on one rank at least -> all of them, in order."""
     found = {row: value for part in gather_objects(dict(mine), axis) for row, value in part.items()}
     return [found[row] for row in range(len(found))]
+
+
+def union_over(numbers: Iterable[int], axis: Axis) -> list[int]:
+    """What any rank of the axis names, each once, in order."""
+    return sorted(set().union(*gather_objects(set(numbers), axis)))
 
 
 def reduce_metrics(metrics: list[dict[str, Metric]], groups: ParallelGroups) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from megalign import failure
+from megalign import failure, liveness
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
@@ -31,15 +30,14 @@ from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments
-from megalign.trainers.checkpointing import Checkpoints, LoopState
+from megalign.trainers.keeping import Keeper
 from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
-# A resumed run must share these fields' values, the rows of an optimizer step, all rows and the models' architectures.
-MODEL_FIELDS = ("params_dtype_name", "use_distributed_optimizer")
-ROWS_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks"
+# What of the rows a resumed run must share with the run that it goes on with; a leaf has more.
 DATA_FIELDS = ("seed", "data_order_seed", "shuffle_dataset")
+TIMEOUT_SLACK = 30  # seconds after ddp_timeout until a collective gives up by itself
 SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -74,7 +72,8 @@ class Trainer:
                 f"{type(self).__name__}(args=...) is a {type(args).__name__}; give a {self.config_class.__name__}"
             )
         self.args = args
-        self.groups = initialize(args, timeout_s=args.ddp_timeout)
+        # The watch comes first, and has every rank's stack.
+        self.groups = initialize(args, timeout_s=args.ddp_timeout + TIMEOUT_SLACK)
         args.validate(self.groups.world.size)
         arguments.check_evaluation(args, eval_dataset)
         callbacks = arguments.check_callbacks(callbacks)
@@ -92,7 +91,7 @@ class Trainer:
         self.eval_rows = self._prepare(eval_dataset, "eval_dataset")
         self.policy = self.make_policy()
         self.run = Run(args, self.groups, callbacks, model=self.policy, processing_class=self.processing_class)
-        self.checkpoints = Checkpoints(args, self.groups, self.run.say)
+        self.keeper = Keeper(self)
 
     @property
     def state(self) -> TrainerState:
@@ -145,6 +144,12 @@ class Trainer:
         """Rows that max_steps will take, where it is set: how much of a stream is read."""
         raise NotImplementedError
 
+    @property
+    def rows_per_step(self) -> int:
+        """Rows (of trainers that sample: completions) of an optimizer step, over all ranks."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.groups.dp.size
+
     def micro_steps_per_epoch(self) -> int:
         """Batches of `per_device_train_batch_size` rows a data-parallel rank takes in an epoch."""
         raise NotImplementedError
@@ -190,7 +195,11 @@ class Trainer:
         self.run.note(self.policy.made_of)
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._resume(resume_from_checkpoint)
+        with self.run.stopping.listening(), liveness.limited(self.args.ddp_timeout, self.args.output_dir):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
+        self.keeper.resume(resume_from_checkpoint)
         if self._skipped_rows:
             self.run.window.set(skipped_rows=self._skipped_rows)  # once, in the first line that is logged
         started, first_step = time.time(), self.state.global_step
@@ -210,7 +219,10 @@ class Trainer:
             if self.run.control.should_training_stop:
                 break
         output = self._finish(started, first_step)
-        self.checkpoints.progress(wait=True)
+        self.keeper.progress(wait=True)
+        if self.run.stopping.cause is not None:
+            self.run.tell_stop()
+            return output
         self.save_model()
         self._remove_prepared_files()
         return output
@@ -256,9 +268,7 @@ class Trainer:
         counts = counts or self.counts(batches)
         result = self.policy.train_step(batches, self.loss, learning_rate=rate, counts=counts)
         self.run.event("on_optimizer_step")
-        self.run.window.add({"loss": result.loss, **result.metrics})
-        self.run.window.set(grad_norm=result.grad_norm, learning_rate=rate)
-        self.run.loss_total += result.loss
+        self.run.count_result(result, rate)
         return result
 
     def counts(self, batches: list[Batch]) -> Counts:
@@ -277,12 +287,15 @@ class Trainer:
             self.run.window.add({"step_time": time.perf_counter() - started})
             self.run.count_step(self.plan)
             self.after_step()
+            self.keeper.export_if_due()
             self.run.event("on_step_end")
-            self._act()
+            self._act(listening=True)
+            self._end_if_skipping()
             if self.run.control.should_epoch_stop or self.run.control.should_training_stop:
                 break
         updates.close()
-        self._end_epoch()
+        if self.run.stopping.cause is None:  # otherwise whoever resumes ends the epoch, if it is over
+            self._end_epoch()
 
     def _end_epoch(self) -> None:
         # An epoch that max_steps or a callback cuts short is not over: a longer run goes on in the middle of it.
@@ -291,22 +304,35 @@ class Trainer:
         self.run.event("on_epoch_end")
         self._act()
 
-    def _act(self) -> None:
-        """Logs, evaluates and saves as the callbacks decided."""
-        self.checkpoints.progress()
+    def _end_if_skipping(self) -> None:
+        if not self.run.skips.too_many:
+            return
+        if self.run.stopping.cause is None:  # else the state is saved already
+            self.keeper.save()
+        self.keeper.progress(wait=True)
+        raise self.run.skips.error(f"checkpoint-{self.state.global_step}")
+
+    def _act(self, *, listening: bool = False) -> None:
+        """Logs, evaluates and saves as the callbacks decided, or as a stop needs it."""
+        self.keeper.progress()
         # Each of the three fires events, in which the callbacks of one rank may decide anew: all ranks must know
         # before they enter the next collective work, and before the loop asks whether to go on.
-        self.run.agree()
+        self.run.agree(listening=listening)
         if self.run.log_training():
             self.after_log()
         self.run.agree()
+        if self.run.stopping.cause is not None:  # an evaluation may outlast the patience of whoever asked
+            self._save_if_due()
         if self.run.control.should_evaluate:
             self.evaluate()
         self.run.agree()
-        if self.run.control.should_save:
-            self._save_checkpoint()
-            self.run.event("on_save")
+        self._save_if_due()
         self.run.agree()
+
+    def _save_if_due(self) -> None:
+        if self.run.control.should_save:
+            self.keeper.save()
+            self.run.event("on_save")
 
     def _evaluate(self, rows: Dataset | None, prefix: str) -> dict[str, float | None]:
         if rows is None or len(rows) == 0:
@@ -321,15 +347,13 @@ class Trainer:
 
     def _finish(self, started: float, first_step: int) -> TrainOutput:
         steps = self.state.global_step - first_step
-        batch = self.args.per_device_train_batch_size * self.groups.dp.size
-        rows = steps * batch * self.args.gradient_accumulation_steps
-        metrics = speed_metrics("train", started, num_samples=rows, num_steps=steps)
+        metrics = speed_metrics("train", started, num_samples=steps * self.rows_per_step, num_steps=steps)
         metrics["train_loss"] = self.run.loss_total / max(steps, 1)
         self.run.log_summary(metrics)
         self.run.event("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
-    # ---- rows and checkpoints
+    # ---- rows
 
     def _prepare(self, dataset: Any, name: str) -> Any:
         if dataset is None:
@@ -368,47 +392,3 @@ class Trainer:
         barrier(self.groups.world)
         if self.groups.world.rank == 0:
             prepared.remove(self.args.output_dir)
-
-    def _settings(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that wrote the checkpoint."""
-        return {
-            "trainer": type(self).__name__,
-            **{name: getattr(self.args, name) for name in (*MODEL_FIELDS, *self.data_fields)},
-            ROWS_OF_A_STEP: self.rows_per_step,
-            **{
-                "model" if name == "engine" else name: engine.architecture.in_json()
-                for name, engine in self.engines().items()
-            },
-            "train_dataset": self._described_rows,
-            **self.settings(),
-        }
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows (of trainers that sample: completions) of an optimizer step, over all ranks."""
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.groups.dp.size
-
-    @cached_property
-    def _described_rows(self) -> str:
-        """They are read through once, not at every checkpoint."""
-        return prepared.describe_rows(self.train_rows)
-
-    def _save_checkpoint(self) -> None:
-        run = {"position": self.run.position(), "leaf": self.loop_state()}
-        loop = LoopState(trainer=self.state, run=run, replica=self.replica_state())
-        tokenizer = self.processing_class if self.changes_tokenizer() else None
-        self.checkpoints.save(
-            self.engines(), loop, self._settings(), special_tokens=self.special_tokens, tokenizer=tokenizer
-        )
-
-    def _resume(self, resume: str | bool | None) -> None:
-        path = self.checkpoints.find(resume)
-        if path is None:
-            self.run.file.start_afresh()
-            return
-        resumed = self.checkpoints.load(path, self.engines(), self._settings())
-        self.run.resume(resumed.trainer, resumed.run["position"], self.plan)
-        self.restore_loop_state(resumed.run["leaf"], resumed.replicas)
-        if self.state.global_step < self.plan.max_steps:
-            self.run.file.go_on_after(self.state.global_step, logged_step=self.run.logged_step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -104,7 +104,8 @@ class ExperienceMaker:
                 temperature=self.args.temperature,
             )
 
-        return [batch for _, batch in packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)]
+        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
+        return [replace(batch, rows=_dataset_rows(completions[row] for row in part)) for part, batch in share]
 
     def dealt_anew(self, parts: Sequence[Minibatch]) -> Minibatch:
         """One step's minibatch on this replica, from those of all the replicas of an earlier layout, in their order."""
@@ -196,6 +197,12 @@ class ExperienceMaker:
         counts = reduce_counts(batches, self.groups, SAMPLING_COUNTS)
         shares = [sampling_metrics(batch, counts, **self._importance_settings()) for batch in batches]
         return reduce_metrics(shares, self.groups)
+
+
+def _dataset_rows(completions: Iterable[Completion]) -> tuple[int, ...]:
+    """Of the prompts that they answer, each once."""
+    numbers = [completion.row_number for completion in completions if completion.row_number is not None]
+    return tuple(dict.fromkeys(numbers))
 
 
 def total_counts(minibatches: Sequence[Minibatch]) -> Counts:

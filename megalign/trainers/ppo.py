@@ -224,6 +224,7 @@ class PPOTrainer(OnlineTrainer):
                 result = self.critic.train_step(
                     minibatch.batches, loss, learning_rate=rate * factor, counts=minibatch.counts
                 )
+                self.run.skips.count(result, self.state.global_step + number + 1, model="critic")
                 metrics = {"critic_grad_norm": result.grad_norm, "critic_learning_rate": rate * factor}
                 done.append(replace(minibatch, metrics={**result.metrics, **metrics}))
         return done

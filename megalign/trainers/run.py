@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -12,8 +13,11 @@ from typing import Any
 from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
 from megalign.parallel.control import any_rank, barrier
 from megalign.parallel.groups import Axis, ParallelGroups
+from megalign.train_engine import StepResult
 from megalign.trainers.reporting import MetricsFile, MetricsWindow
 from megalign.trainers.schedule import StepPlan
+from megalign.trainers.skipping import Skips
+from megalign.trainers.stopping import CAUSES, Stopping
 
 _DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 _FIRST_IN_LINE = ("loss", "grad_norm", "learning_rate")
@@ -43,7 +47,7 @@ class Run:
     def __init__(
         self, args: Any, groups: ParallelGroups, callbacks: Sequence[Any] | None, *, model: Any, processing_class: Any
     ) -> None:
-        self.world = groups.world
+        self.world, self._max_skipped_steps = groups.world, args.max_skipped_steps
         # A launcher that sets no LOCAL_RANK leaves it open who shares this node: then the job's first is the one.
         local_rank = int(os.environ.get("LOCAL_RANK", self.world.rank))
         self._process_flags = {
@@ -64,6 +68,7 @@ class Run:
         self.file = MetricsFile(args.output_dir, active=self.world.rank == 0)
         self.state = TrainerState(**self._process_flags)
         self.control = TrainerControl()
+        self.stopping = Stopping(args.output_dir, is_first=self.world.rank == 0)
         self.event("on_init_end")
 
     def begin(self, plan: StepPlan) -> None:
@@ -74,6 +79,7 @@ class Run:
         self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
         self.logged_step = 0
         self.loss_total = 0.0
+        self.skips = Skips(self._max_skipped_steps, self.note)
         self._apply(plan)
 
     def resume(self, state: TrainerState, position: dict[str, Any], plan: StepPlan) -> None:
@@ -82,6 +88,7 @@ class Run:
         vars(self.state).update(self._process_flags)
         self.epoch, self.update, self.logged_step = position["epoch"], position["update"], position["logged_step"]
         self.window.restore(position["window"])
+        self.skips.total = position["skipped"]
         self._apply(plan)
 
     def position(self) -> dict[str, Any]:
@@ -91,6 +98,7 @@ class Run:
             "update": self.update,
             "logged_step": self.logged_step,
             "window": self.window.state(),
+            "skipped": self.skips.total,
         }
 
     def _apply(self, plan: StepPlan) -> None:
@@ -102,11 +110,15 @@ class Run:
         call: Callable[..., TrainerControl] = getattr(self.handler, name)
         self.control = call(self.arguments, self.state, self.control, **values)
 
-    def agree(self) -> None:
-        """What one rank's callbacks decided, all ranks do."""
-        decided = any_rank([getattr(self.control, name) for name in _DECISIONS], self.world)
-        for name, value in zip(_DECISIONS, decided, strict=True):
+    def agree(self, *, listening: bool = False) -> None:
+        """What one rank's callbacks decided, all ranks do; `listening`, what it was asked to as well."""
+        asked = self.stopping.asked() if listening else [False] * len(CAUSES)
+        wishes = [*(getattr(self.control, name) for name in _DECISIONS), *asked]
+        decided = any_rank(wishes, self.world)
+        for name, value in zip(_DECISIONS, decided[: len(_DECISIONS)], strict=True):
             setattr(self.control, name, value)
+        if self.stopping.heed(decided[len(_DECISIONS) :]):
+            self.control.should_save = self.control.should_training_stop = True
 
     def count_step(self, plan: StepPlan) -> None:
         """One optimizer step more."""
@@ -117,6 +129,16 @@ class Run:
     def count_epoch(self) -> None:
         """The epoch is over, whether all of its steps were taken or a callback ended it."""
         self.epoch, self.update = self.epoch + 1, 0
+
+    def count_result(self, result: StepResult, learning_rate: float) -> None:
+        """What an optimizer step did, into the window; one that was skipped is told of at once."""
+        self.skips.count(result, self.state.global_step + 1)
+        self.window.add({"loss": result.loss, **result.metrics})
+        self.window.set(grad_norm=result.grad_norm, learning_rate=learning_rate)
+        if self.skips.total:
+            self.window.set(skipped_steps=self.skips.total)
+        # A line shows a loss that was not finite; the mean of the whole run is of the others.
+        self.loss_total += result.loss if math.isfinite(result.loss) else 0.0
 
     def count_tokens(self, count: int) -> None:
         """Tokens of the whole job, prompts included, into `num_tokens`."""
@@ -173,6 +195,15 @@ class Run:
         """One line on the terminal, from the first rank."""
         if self.state.is_world_process_zero:
             print(f"megalign: {text}", flush=True)
+
+    def tell_stop(self) -> None:
+        """That the run ended because it was asked to, for people and in metrics.jsonl."""
+        step, cause = self.state.global_step, self.stopping.cause
+        self.file.append({"step": step, "epoch": self.state.epoch, "stopped": cause})
+        self.say(
+            f"stopped after step {step}, as {cause} asked: checkpoint-{step} is written, the final model is not; "
+            "resume_from_checkpoint latest goes on"
+        )
 
     def note(self, text: str) -> None:
         """The same beside the output: what a user may want to know and no program reads."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 
 from megalign.batch import Completion
 from megalign.errors import UserError
@@ -18,6 +19,8 @@ from megalign.rollout.rewards import RewardResult
 from megalign.train_engine import TrainEngine
 from megalign.trainers.rewarding import Rewarding
 from megalign.trainers.run import Run
+
+ROW_NUMBER = "megalign/row"  # key of a prompt's row number in the dataset, beside the row's own columns
 
 
 class Sampled(NamedTuple):
@@ -92,7 +95,8 @@ class Sampling:
             except EngineError as failure:
                 self._restart(failure, place)
         for completion, row in zip(completions, rows, strict=True):
-            completion.row = {name: value for name, value in row.items() if name != "prompt_ids"}
+            completion.row = {name: value for name, value in row.items() if name not in ("prompt_ids", ROW_NUMBER)}
+            completion.row_number = row.get(ROW_NUMBER)
         return completions
 
     def _completions(self, ids: list[list[int]], seeds: list[int], place: Place) -> list[Completion]:
@@ -133,6 +137,11 @@ class Sampling:
 
     def _timed(self, name: str, place: Place) -> Any:
         return self._run.timed(name, noted=place.stream == "train")
+
+
+def numbered_row(rows: Dataset, number: int) -> dict[str, Any]:
+    """A row to sample for, which knows where in the dataset it stands."""
+    return {**rows[number], ROW_NUMBER: number}
 
 
 def completion_seeds(seed: int, place: Place, count: int) -> list[int]:

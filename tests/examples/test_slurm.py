@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.jobs.inputs import save_model, sums, write_rows
-from tests.jobs.start import ROOT, Ended, free_port, run
+from tests.jobs.start import ROOT, Ended, end_with_children, environment, free_port, run
 from tests.trainers.runs import metric_lines
 
 SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"))
@@ -18,39 +21,49 @@ SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"
 SRUN = r"""#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 jobs=()
+trap 'kill -USR1 "${jobs[@]}"' USR1
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
     SLURM_PROCID=$node SLURM_NODEID=$node "$@" & jobs+=($!)
 done
 status=0
-for job in "${jobs[@]}"; do wait "$job" || status=$?; done
+for job in "${jobs[@]}"; do
+    while kill -0 "$job" 2>/dev/null; do wait "$job"; done
+    wait "$job" || status=$?
+done
 exit $status
 """
 SCONTROL = r"""#!/usr/bin/env bash
+[[ "$1" == requeue ]] && { echo "requeued $2"; exit; }
 [[ "$*" == "show hostnames node[01-02]" ]] || { echo "scontrol $*" >&2; exit 1; }
 printf '127.0.0.1\nelsewhere\n'
 """
 
 
 def start(script: str, tmp_path: Path, *, nodes: int, ranks_per_node: int, fields: dict[str, Any]) -> Ended:
+    return run(*command(script, tmp_path, fields), timeout=200, **job(tmp_path, nodes, ranks_per_node))
+
+
+def command(script: str, tmp_path: Path, fields: dict[str, Any]) -> tuple[list[str], Path]:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    return run(
-        ["bash", str(ROOT / "examples/slurm" / script), *words],
-        tmp_path,
-        timeout=200,
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_JOB_ID=str(free_port() - 20000),  # the script makes a port of it
-        SLURM_JOB_NODELIST="node[01-02]",
-        SLURM_JOB_NUM_NODES=str(nodes),
-        SLURM_GPUS_ON_NODE=str(ranks_per_node),
-    )
+    return ["bash", str(ROOT / "examples/slurm" / script), *words], tmp_path
+
+
+def job(tmp_path: Path, nodes: int, ranks_per_node: int) -> dict[str, str]:
+    return {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": str(free_port() - 20000),  # the script makes a port of it
+        "SLURM_JOB_NODELIST": "node[01-02]",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_GPUS_ON_NODE": str(ranks_per_node),
+    }
 
 
 @pytest.mark.slow
-def test_8b_sft_runs_on_one_node(tmp_path: Path) -> None:
+def test_8b_sft_runs_on_one_node_stops_before_its_time_is_up_and_goes_on(tmp_path: Path) -> None:
     fields = {
         "model_name_or_path": save_model(tmp_path / "model"),
         "dataset_name": write_rows(tmp_path / "rows.jsonl", sums(16)),
@@ -59,10 +72,27 @@ def test_8b_sft_runs_on_one_node(tmp_path: Path) -> None:
         "bf16": False,
         "max_length": 32,
         "gradient_accumulation_steps": 1,
-        "max_steps": 2,
     }
-    start("sft_8b.sbatch", tmp_path, nodes=1, ranks_per_node=2, fields=fields).succeeded()
-    assert [line["step"] for line in metric_lines(tmp_path / "out")] == [1, 2]
+    environ = job(tmp_path, 1, 2)
+    words, cwd = command("sft_8b.sbatch", tmp_path, {**fields, "max_steps": 100_000})
+    with (tmp_path / "log").open("wb") as log:
+        first = subprocess.Popen(words, cwd=cwd, env=environment(**environ), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 150
+        while not (tmp_path / "out" / "metrics.jsonl").exists():
+            assert time.monotonic() < end and first.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        first.send_signal(signal.SIGUSR1)  # as Slurm does: to the script alone
+        assert first.wait(60) == 0, (tmp_path / "log").read_text()
+    finally:
+        end_with_children(first)
+    stopped = metric_lines(tmp_path / "out")[-1]
+    assert stopped["stopped"] == "SIGUSR1"
+    assert f"requeued {environ['SLURM_JOB_ID']}" in (tmp_path / "log").read_text()
+    last = stopped["step"] + 2
+    start("sft_8b.sbatch", tmp_path, nodes=1, ranks_per_node=2, fields={**fields, "max_steps": last}).succeeded()
+    steps = [line["step"] for line in metric_lines(tmp_path / "out") if "loss" in line]
+    assert steps == list(range(1, last + 1))
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

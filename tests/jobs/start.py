@@ -102,11 +102,15 @@ def _started(
         try:
             yield process, stdout, stderr
         finally:
-            # One by one: torchrun gives each rank a session of its own.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    one.kill()
-            process.wait()
+            end_with_children(process)
+
+
+def end_with_children(process: subprocess.Popen[bytes]) -> None:
+    """Whatever it has started, one by one: torchrun gives each rank a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
+    process.wait()
 
 
 def _text_file() -> IO[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,10 +13,22 @@ from torch import Tensor
 import megalign
 from megalign.train_engine import TrainEngine
 from tests.layouts import Layout, gradients_of
-from tests.trainers.grpo_runs import RandomRollout, brevity, closeness, prompt_rows
+from tests.tiny import save_tiny_classifier, save_tiny_model
+from tests.trainers.grpo_runs import RandomRollout, brevity, closeness, prompt_rows, save_model_with_tokenizer
 
 OFFLINE = ("SFT", "Reward", "DPO", "KTO", "ORPO")
 ONLINE = ("GRPO", "RLOO", "PPO")
+
+
+def save_models(family: str, directory: Path) -> dict[str, str]:
+    """A policy, a reference that differs from it everywhere, a reward model with the policy's tokenizer."""
+    made = {name: directory / name for name in ("model", "reference", "reward")}
+    save_model_with_tokenizer(made["model"], family)
+    save_tiny_model(family, made["reference"], seed=1, head_dim=32)
+    save_tiny_classifier(family, made["reward"], seed=2, head_dim=32)
+    for file in made["model"].glob("tokenizer*"):
+        (made["reward"] / file.name).write_bytes(file.read_bytes())
+    return {name: str(path) for name, path in made.items()}
 
 
 def pair_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:

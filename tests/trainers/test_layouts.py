@@ -9,9 +9,7 @@ import pytest
 
 from tests.layouts import LAYOUTS, ONE_RANK, Layout
 from tests.ranks import run_ranks
-from tests.tiny import save_tiny_classifier, save_tiny_model
-from tests.trainers.grpo_runs import save_model_with_tokenizer
-from tests.trainers.layout_runs import OFFLINE, ONLINE, run
+from tests.trainers.layout_runs import OFFLINE, ONLINE, run, save_models
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in (*OFFLINE, *ONLINE)},
@@ -38,17 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Of a family: a policy, a reference that differs from it everywhere, a reward model with its tokenizer."""
-    return {family: save_models(family, tmp_path_factory) for family in ("llama", "qwen3_moe")}
-
-
-def save_models(family: str, factory: pytest.TempPathFactory) -> dict[str, str]:
-    made = {name: factory.mktemp(name) for name in ("model", "reference", "reward")}
-    save_model_with_tokenizer(made["model"], family)
-    save_tiny_model(family, made["reference"], seed=1, head_dim=32)
-    save_tiny_classifier(family, made["reward"], seed=2, head_dim=32)
-    for file in made["model"].glob("tokenizer*"):
-        (made["reward"] / file.name).write_bytes(file.read_bytes())
-    return {name: str(path) for name, path in made.items()}
+    return {family: save_models(family, tmp_path_factory.mktemp(family)) for family in ("llama", "qwen3_moe")}
 
 
 def scaled(options: dict[str, Any], layout: Layout) -> dict[str, Any]:

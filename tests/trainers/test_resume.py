@@ -15,6 +15,7 @@ import torch
 import xxhash
 from transformers import TrainerCallback
 
+from megalign.checkpoints.inspect import summary_of
 from megalign.config import SFTConfig
 from megalign.errors import UserError
 from megalign.trainers import generators, manifest
@@ -196,6 +197,7 @@ def test_the_manifest_lists_every_file_with_its_checksum(model: str, tmp_path: P
     }
     assert {"trainer_state.json", "loop/run.pt", "loop/replica_00000.pt", "loop/rank_00001.pt"} <= files.keys()
     assert content["layout"]["tp"] == 2
+    assert summary_of(path).layout == {"tp": 2, "etp": 2}
 
 
 def _resume_error(path: str, fields: dict[str, Any], rows: list[dict[str, Any]] = ROWS) -> str:

@@ -10,9 +10,7 @@ import pytest
 
 from tests.layouts import Layout
 from tests.ranks import run_ranks
-from tests.tiny import save_tiny_classifier, save_tiny_model
-from tests.trainers.grpo_runs import save_model_with_tokenizer
-from tests.trainers.layout_runs import OFFLINE, run
+from tests.trainers.layout_runs import OFFLINE, run, save_models
 from tests.trainers.runs import metric_lines
 
 # Where completions are sampled, step 5 is in the middle of a round, whose other steps a checkpoint must keep.
@@ -29,17 +27,7 @@ WITH_EXPERTS = (Layout(dp=2, ep=2), Layout(tp=2, sp=True, etp=1))
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    return {family: _saved(family, tmp_path_factory) for family in ("llama", "qwen3_moe")}
-
-
-def _saved(family: str, factory: pytest.TempPathFactory) -> dict[str, str]:
-    made = {name: factory.mktemp(name) for name in ("model", "reference", "reward")}
-    save_model_with_tokenizer(made["model"], family)
-    save_tiny_model(family, made["reference"], seed=1, head_dim=32)
-    save_tiny_classifier(family, made["reward"], seed=2, head_dim=32)
-    for file in made["model"].glob("tokenizer*"):
-        (made["reward"] / file.name).write_bytes(file.read_bytes())
-    return {name: str(path) for name, path in made.items()}
+    return {family: save_models(family, tmp_path_factory.mktemp(family)) for family in ("llama", "qwen3_moe")}
 
 
 def _run(kind: str, paths: dict[str, str], layout: Layout, directory: Path, **options: Any) -> list[dict[str, Any]]:

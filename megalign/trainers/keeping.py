@@ -1,0 +1,83 @@
+"""Keeper: what of a trainer goes into checkpoints and exports, and comes back from them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from megalign.data import prepared
+from megalign.trainers.checkpointing import Checkpoints, LoopState
+from megalign.trainers.hf_export import HfExports
+
+if TYPE_CHECKING:
+    from megalign.trainers.base import Trainer
+
+# A resumed run must share these fields' values, the rows of an optimizer step, all rows and the models' architectures.
+MODEL_FIELDS = ("params_dtype_name", "use_distributed_optimizer")
+ROWS_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks"
+
+
+class Keeper:
+    """Saves, exports and resumes one trainer; every method is called on all ranks."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._checkpoints = Checkpoints(trainer.args, trainer.groups, trainer.run.say)
+        self._exports = HfExports(trainer.args, trainer.groups)
+
+    def save(self) -> None:
+        """Begins or writes output_dir/checkpoint-{step}."""
+        trainer = self._trainer
+        run = {"position": trainer.run.position(), "leaf": trainer.loop_state()}
+        loop = LoopState(trainer=trainer.state, run=run, replica=trainer.replica_state())
+        self._checkpoints.save(trainer.engines(), loop, self._settings(), **self._words())
+
+    def export_if_due(self) -> None:
+        """Begins output_dir/hf-{step} at every save_hf_steps-th step."""
+        step, every = self._trainer.state.global_step, self._trainer.args.save_hf_steps
+        if every is not None and step % every == 0:
+            self._exports.begin(step, self._trainer.policy, **self._words())
+
+    def progress(self, *, wait: bool = False) -> None:
+        """Brings forward, or to its end, what is being written beside the training."""
+        self._checkpoints.progress(wait=wait)
+        self._exports.progress(wait=wait)
+
+    def resume(self, resume: str | bool | None) -> None:
+        """Puts the trainer where a checkpoint left it; without one a run's metrics.jsonl begins anew."""
+        trainer = self._trainer
+        path = self._checkpoints.find(resume)
+        if path is None:
+            trainer.run.file.start_afresh()
+            return
+        resumed = self._checkpoints.load(path, trainer.engines(), self._settings())
+        trainer.run.resume(resumed.trainer, resumed.run["position"], trainer.plan)
+        trainer.restore_loop_state(resumed.run["leaf"], resumed.replicas)
+        if trainer.state.global_step < trainer.plan.max_steps:
+            trainer.run.file.go_on_after(trainer.state.global_step, logged_step=trainer.run.logged_step)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that wrote the checkpoint."""
+        trainer = self._trainer
+        return {
+            "trainer": type(trainer).__name__,
+            **{name: getattr(trainer.args, name) for name in (*MODEL_FIELDS, *trainer.data_fields)},
+            ROWS_OF_A_STEP: trainer.rows_per_step,
+            **{
+                "model" if name == "engine" else name: engine.architecture.in_json()
+                for name, engine in trainer.engines().items()
+            },
+            "train_dataset": self._described_rows,
+            **trainer.settings(),
+        }
+
+    @cached_property
+    def _described_rows(self) -> str:
+        """They are read through once, not at every checkpoint."""
+        return prepared.describe_rows(self._trainer.train_rows)
+
+    def _words(self) -> dict[str, Any]:
+        """The tokenizer's part of a model's files; the tokenizer itself where the model directory's is another."""
+        trainer = self._trainer
+        tokenizer = trainer.processing_class if trainer.changes_tokenizer() else None
+        return {"special_tokens": trainer.special_tokens, "tokenizer": tokenizer}
