@@ -96,6 +96,7 @@ junk = st.recursive(
     ),
     max_leaves=6,
 )
+_numbers = st.sampled_from([-1, 2, 0.5, VOCAB - 1, VOCAB, -100, 2**31, True, None, "1", float("nan")])
 _options = st.dictionaries(st.sampled_from(_OPTIONS), junk, min_size=1, max_size=2)
 Place = tuple[Any, ...]
 
@@ -105,13 +106,15 @@ def malformed(draw: st.DrawFn, good: Mapping[str, Any]) -> dict[str, Any]:
     """The row with one to three of its values replaced, removed, doubled or joined by others."""
     row: dict[str, Any] = deepcopy(dict(good))
     for _ in range(draw(st.integers(1, 3))):
-        how = draw(st.sampled_from(["replace", "replace", "remove", "double", "add", "options", "long"]))
+        how = draw(st.sampled_from(["replace", "number", "number", "remove", "double", "add", "options", "long"]))
         *way, last = draw(st.sampled_from(list(_places(row)) or [("text",)]))
         around: Any = row
         for step in way:
             around = around[step]
         if how == "add" or not row:
             row[draw(st.sampled_from(_NAMES))] = draw(junk)
+        elif how == "number" and type(around[last]) in (int, float, bool):
+            around[last] = draw(_numbers)
         elif how == "options":
             row["chat_template_kwargs"] = draw(_options)
         elif how == "remove":
@@ -154,12 +157,19 @@ def is_plainly_wrong(row: Mapping[str, Any], columns: Columns) -> bool:
     """Whether a needed column lacks, or holds neither text nor messages, or no ids of the vocabulary."""
     if any(not _are_ids(row.get(name)) for name in columns.tokens):
         return True
+    masks = [name for name in ("attention_mask", "assistant_masks") if columns.tokens and row.get("labels") is None]
+    if any(row.get(name) is not None and not _are_bits(row[name], len(row["input_ids"])) for name in masks):
+        return True
     # Another format may be complete where this one's column is gone: that is not looked at here.
     return any(name in row and row[name] is not None and not _are_words(row[name]) for name in columns.words)
 
 
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(one) is int and 0 <= one < VOCAB for one in value)
+
+
+def _are_bits(value: Any, length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(bit in (0, 1) for bit in value)
 
 
 def _are_words(value: Any) -> bool:
