@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.megatron_version import found_version, wanted_version
+from tests.ranks import close_idle_ranks
 from tests.tiny import TinyModels
 
 
@@ -17,3 +18,8 @@ def pytest_report_header() -> str:
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """One tiny model of each family for all tests; nothing may change it."""
     return TinyModels(tmp_path_factory.mktemp("tiny"))
+
+
+def pytest_runtest_teardown() -> None:
+    """Ranks that no test has asked for of late leave the cores to those that come."""
+    close_idle_ranks()

@@ -23,6 +23,7 @@ _CONTEXT = mp.get_context("forkserver")
 # What every worker would import anyway: paid once, in the server they are forked from.
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "tests.warm"])
 
+_LONGEST_IDLE_S = 15.0
 _MOST_THREADS = 200  # a layout's groups have some 70; new processes cost half a second
 
 
@@ -33,6 +34,7 @@ class RanksError(AssertionError):
 class _Pool:
     def __init__(self, world: int) -> None:
         port = _free_port()
+        self.last_used = time.monotonic()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
@@ -109,14 +111,25 @@ def run_ranks(
     if world not in _POOLS:
         _POOLS[world] = _Pool(world)
     pool = _POOLS[world]
+    close_idle_ranks(besides=pool)
     try:
         results = pool.run(fn, args, timeout)
     except RanksError:
         del _POOLS[world]
         raise
+    pool.last_used = time.monotonic()
     if pool.is_worn:
         _POOLS.pop(world).close()
     return results
+
+
+def close_idle_ranks(*, besides: _Pool | None = None) -> None:
+    """Each gloo group looks a hundred times a second whether there is something to do: idle ranks took a third of two
+    cores."""
+    now = time.monotonic()
+    for world, pool in list(_POOLS.items()):
+        if pool is not besides and now - pool.last_used > _LONGEST_IDLE_S:
+            _POOLS.pop(world).close()
 
 
 def _has_gpu() -> bool:
