@@ -48,8 +48,11 @@ _METADATA_GLOBALS = {
 }
 # Only their names are read, no such class is ever imported.
 _KNOWN_PACKAGES = ("argparse", "types", "enum", "signal", "pathlib", "numpy", "torch", "megatron")
-_DAMAGED = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, TypeError, LookupError)
-_DAMAGED += (AttributeError, OSError, NotImplementedError)
+# What zip archives and unpicklers answer bytes that mean nothing with, by the place at which they meet them.
+_DAMAGED = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError),
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError),
+)
 _PLAIN = {"set": set, "frozenset": frozenset, "slice": slice, "complex": complex, "bytearray": bytearray}
 
 

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalign import config as configs
 from megalign.cli import parse_arguments
 from megalign.errors import UserError
+from tests.fuzzing import fuzzing
 
 CONFIGS = [getattr(configs, f"{kind}Config") for kind in ("SFT", "Reward", "DPO", "KTO", "ORPO", "PPO", "GRPO", "RLOO")]
 EXAMPLES = 14  # of 8 configs in 3 ways: 336
@@ -42,17 +43,6 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | _plain, inner, max_size=2),
     max_leaves=5,
 )
-
-
-def fuzzing(examples: int) -> settings:
-    return settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=examples,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
 
 
 def names_of(config: type) -> st.SearchStrategy[str]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from megalign.conversion.hf_files import HfReader
 from megalign.errors import UserError
+from tests.fuzzing import fuzzing
 
 TENSORS = {"a.weight": torch.arange(12.0).view(3, 4), "b.weight": torch.ones(5, dtype=torch.bfloat16)}
 Header = dict[str, Any]
@@ -176,8 +177,7 @@ def test_a_fuzzed_file_is_refused_or_holds_tensors_of_the_right_shape(directory:
     whole = file.read_bytes()
     change = st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255))
 
-    @settings(derandomize=True, database=None, deadline=None, max_examples=150, phases=[Phase.generate],
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @fuzzing(150)
     @given(st.lists(change, min_size=1, max_size=4), st.booleans())
     def run(changes: list[tuple[int, int]], cut: bool) -> None:
         content = bytearray(whole)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from datasets import Dataset
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megalign.config import DPOConfig, GRPOConfig, KTOConfig, ORPOConfig, RewardConfig, SFTConfig
@@ -19,23 +19,12 @@ from megalign.data.table import as_table
 from megalign.errors import UserError
 from tests.data.fuzzed_rows import CASES, FORMATS, VOCAB, columns_of, is_plainly_wrong, malformed
 from tests.data.tokenizers_made_here import CHATML, LLAMA3, PLAIN, make_tokenizer, marked, unmarked
+from tests.fuzzing import fuzzing
 
 ROWS_OF_A_FORMAT, TABLES_OF_A_FORMAT = 36, 3  # of 29 formats: 1,044 rows alone, and 87 tables of three
 TOKENIZERS = [make_tokenizer(template) for template in (unmarked(CHATML), unmarked(LLAMA3), marked(PLAIN))]
 MAX_LENGTH = 64
 Row = Mapping[str, Any]
-
-
-def fuzzing(examples: int) -> settings:
-    """The same examples in every run, and none left in a database; what fails is shown as it was drawn."""
-    return settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=examples,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
 
 
 class Reader(NamedTuple):
