@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from megalign import ops
 from megalign.errors import UserError
 
 
@@ -29,8 +30,10 @@ def backend() -> str:
 
 
 def select_device() -> None:
-    """Makes the GPU of LOCAL_RANK current, or the only one that is visible; nothing on a CPU."""
+    """Makes the GPU of LOCAL_RANK current, or the only one that is visible; prepares a CPU for bf16."""
     if not on_cuda():
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            ops.multiply_bf16_in_fp32()
         return
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if 1 < count <= local_rank:

@@ -1,17 +1,19 @@
 """Log-probability and entropy of given tokens from hidden states, on a vocabulary split over tensor ranks.
 
 Neither the logits of the batch nor the whole vocabulary exist in one place: head and softmax run in token
-chunks, forward and again in backward. Logits come in the weights' dtype, as vLLM's do; the softmax is in fp32.
+chunks, forward and again in backward, where the gradient is written over the logits. Logits come in the weights'
+dtype, as vLLM's do; the softmax is in fp32, and one pass over them (megalign/ops.py).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalign import ops
 from megalign.parallel.groups import Axis
 
 # Logits alive at once: 32 MB in fp32 stay near a CPU's caches; a GPU wants larger matrices, here of 256 MB.
@@ -57,13 +59,29 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, temperature, vocab_size, tp, extras, softcap):  # noqa: ANN001, ANN205
         shard = _Shard(weight, bias, vocab_size, tp, softcap)
-        parts = [
-            shard.scores(hidden[rows], labels[rows], None if temperature is None else temperature[rows], extras)
+        tables = [
+            ops.vocab_statistics(
+                shard.logits(hidden[rows]),
+                shard.local(labels[rows]),
+                all_of_them=bool(extras),
+                **shard.how(temperature, rows),
+            )
             for rows in _chunks(hidden, weight)
         ]
-        empty = hidden.new_zeros(4 + len(extras), 0, dtype=torch.float32).unbind()
-        columns = [torch.cat(column) for column in zip(empty, *parts, strict=True)]
-        logprobs, entropy, log_normaliser, *others = columns
+        empty = hidden.new_zeros(len(ops.NAMES) if extras else ops.NUM_PLAIN, 0, dtype=torch.float32)
+        table = dict(zip(ops.NAMES, shard.over_the_vocabulary(torch.cat([empty, *tables], dim=1)), strict=False))
+        log_sum = table["sum"].log()
+        log_normaliser = table["top"] + log_sum
+        logprobs = table["target"] - log_normaliser
+        entropy = log_sum - table["weighted"] / table["sum"]
+        others = [(table["target"] >= table["top"]).float()]
+        if extras:
+            scale = 1.0 if temperature is None else temperature
+            more = {
+                "mean_logits": table["logits"] / vocab_size * scale,
+                "log_sum_squares": table["squares"].log() - 2 * log_sum,
+            }
+            others += [more[name] for name in extras]
         ctx.save_for_backward(hidden, weight, bias, labels, temperature, log_normaliser, entropy)
         ctx.vocab_size, ctx.tp, ctx.softcap = vocab_size, tp, softcap
         ctx.mark_non_differentiable(*others)
@@ -80,23 +98,19 @@ class _TokenScores(torch.autograd.Function):
         grad_weight: Tensor | None = None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for rows in _chunks(hidden, weight):
-            scale = None if temperature is None else temperature[rows]
-            grad_logits = shard.grad_logits(
-                hidden[rows],
-                labels[rows],
-                scale,
-                log_normaliser[rows],
-                entropy[rows],
-                grad_logprobs[rows],
-                None if grad_entropy is None else grad_entropy[rows],
+            grad_logits = ops.vocab_gradient_(
+                shard.logits(hidden[rows]),
+                shard.local(labels[rows]),
+                log_normaliser=log_normaliser[rows],
+                entropy=entropy[rows],
+                grad_logprobs=grad_logprobs[rows],
+                grad_entropy=None if grad_entropy is None else grad_entropy[rows],
+                **shard.how(temperature, rows),
             )
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(weight.dtype)
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
             grad_hidden[rows] = grad_logits @ weight
-            product = grad_logits.T @ hidden[rows]
-            # One chunk needs no fp32 copy of a whole vocabulary to be added up in.
-            grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+            grad_weight = _with_product(grad_weight, grad_logits, hidden[rows])
         if ctx.tp.size > 1:  # each rank saw its share of the vocabulary only
             dist.all_reduce(grad_hidden, group=ctx.tp.group)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
@@ -112,85 +126,43 @@ class _Shard:
         self.first = tp.rank * weight.shape[0]
         self.num_real = max(0, min(weight.shape[0], vocab_size - self.first))
 
-    def logits(self, hidden: Tensor, temperature: Tensor | None) -> Tensor:
-        """[n, V / tp] float32; padding rows are -inf."""
-        logits = (hidden @ self.weight.T).float()
-        if self.bias is not None:
-            logits += self.bias.float()
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        if temperature is not None:
-            logits /= temperature[:, None]
-        logits[:, self.num_real :] = -torch.inf
-        return logits
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, V / tp], without what `how` adds."""
+        return hidden @ self.weight.T
 
-    def scores(
-        self, hidden: Tensor, labels: Tensor, temperature: Tensor | None, extras: tuple[str, ...] = ()
-    ) -> tuple[Tensor, ...]:
-        """logprobs, entropy, log normaliser, argmax_correct and the extras, [n] each."""
-        logits = self.logits(hidden, temperature)
-        top = logits.max(dim=1).values
-        if self.tp.size > 1:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.tp.group)
-        inside, local = self._locate(labels)
-        target = logits.gather(1, local[:, None]).squeeze(1).where(inside, 0.0)
-        logits -= top[:, None]
-        exponentials = logits.exp()
-        # 0 * -inf of padding rows would be NaN; their exponential is 0 whatever the logit.
-        weighted = (exponentials[:, : self.num_real] * logits[:, : self.num_real]).sum(1)
-        sums = [exponentials.sum(1), weighted, target]
-        if extras:
-            real = torch.full_like(top, self.num_real)
-            sums += [logits[:, : self.num_real].sum(1) + real * top, real, exponentials.square().sum(1)]
-        sums = torch.stack(sums)
-        if self.tp.size > 1:
-            dist.all_reduce(sums, group=self.tp.group)
-        log_sum = sums[0].log()
-        logprobs = sums[2] - top - log_sum
-        entropy = log_sum - sums[1] / sums[0]
-        scores = (logprobs, entropy, top + log_sum, (sums[2] >= top).float())
-        if not extras:
-            return scores
-        scale = 1.0 if temperature is None else temperature
-        more = {"mean_logits": sums[3] / sums[4] * scale, "log_sum_squares": sums[5].log() - 2 * log_sum}
-        return *scores, *(more[name] for name in extras)
+    def how(self, temperature: Tensor | None, rows: slice) -> dict[str, Any]:
+        """What makes entries of the softmax of the rows' logits."""
+        heat = None if temperature is None else temperature[rows]
+        return {"num_real": self.num_real, "temperature": heat, "bias": self.bias, "softcap": self.softcap}
 
-    def grad_logits(
-        self,
-        hidden: Tensor,
-        labels: Tensor,
-        temperature: Tensor | None,
-        log_normaliser: Tensor,
-        entropy: Tensor,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
-    ) -> Tensor:
-        """d logprob = onehot - p; d entropy = -p (log p + entropy); over the temperature, times the cap's slope."""
-        log_p = self.logits(hidden, temperature)
-        slope = None if self.softcap is None else self._slope(log_p, temperature)
-        log_p.sub_(log_normaliser[:, None])
-        p = log_p.exp()
-        grad = -p * grad_logprobs[:, None]
-        if grad_entropy is not None:
-            log_p[:, self.num_real :] = 0.0
-            grad -= p * (log_p + entropy[:, None]) * grad_entropy[:, None]
-        inside, local = self._locate(labels)
-        grad.scatter_add_(1, local[:, None], grad_logprobs.where(inside, 0.0)[:, None])
-        if temperature is not None:
-            grad = grad / temperature[:, None]
-        return grad if slope is None else grad * slope
-
-    def _slope(self, logits: Tensor, temperature: Tensor | None) -> Tensor:
-        """d capped / d uncapped = 1 - (capped / softcap)^2, of logits over their temperature; 0 for padding rows."""
-        capped = logits if temperature is None else logits * temperature[:, None]
-        slope = 1 - (capped / self.softcap).square()
-        slope[:, self.num_real :] = 0.0
-        return slope
-
-    def _locate(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def local(self, labels: Tensor) -> Tensor:
+        """[n] columns of this rank's logits, -1 for those of others."""
         local = labels - self.first
-        inside = (local >= 0) & (local < self.num_real)
-        return inside, local.where(inside, 0)
+        return local.where((local >= 0) & (local < self.num_real), -1)
+
+    def over_the_vocabulary(self, table: Tensor) -> Tensor:
+        """The statistics of all ranks' entries from each rank's: sums in units of e^top move to the highest top."""
+        if self.tp.size == 1 or not table.numel():
+            return table
+        tables = table.new_empty(self.tp.size * len(table), table.shape[1])
+        dist.all_gather_into_tensor(tables, table, group=self.tp.group)
+        tops, sums, weighted, *others = tables.view(self.tp.size, *table.shape).unbind(1)
+        top = tops.max(0).values
+        down = (tops - top).where(tops > -torch.inf, 0.0)  # 0 * -inf, of a rank with padding only, would be NaN
+        scale = down.exp()
+        rows = [sums * scale, scale * (weighted + down * sums), *others]
+        if len(rows) == len(ops.NAMES) - 1:
+            rows[-1] = rows[-1] * scale.square()
+        return torch.stack([top, *(row.sum(0) for row in rows)])
+
+
+def _with_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """total + grad_logits^T hidden; one chunk needs no fp32 copy of a whole vocabulary to be added up in."""
+    if total is None:
+        return grad_logits.T @ hidden
+    if grad_logits.dtype is torch.float32:
+        return total.addmm_(grad_logits.T, hidden)
+    return total.float().add_(grad_logits.T @ hidden)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -1,0 +1,193 @@
+"""What csrc/ computes, and the same in torch: the reference, and what runs where the extension was not built.
+
+The sole importer of the extension. `setup.py` builds it where torch and a C++ compiler are at hand, and CUDA's kernels
+with it where torch has CUDA and nvcc is there.
+"""
+
+from __future__ import annotations
+
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+NAMES = ("top", "sum", "weighted", "target", "logits", "squares")
+"""The rows of `vocab_statistics`, of x = a row's entries: max x; sum e^(x - top); sum e^(x - top) (x - top); x at the
+label, 0 without one; and, where all are asked for, sum x; sum e^(2 (x - top)).
+"""
+NUM_PLAIN = NAMES.index("logits")
+
+
+def vocab_statistics(
+    logits: Tensor,  # [n, V / tp] fp32 or bf16, straight from the matrix product
+    labels: Tensor,  # [n] int64 column, -1 where the label is not among them
+    *,
+    num_real: int,  # columns at or past it are padding: probability 0
+    temperature: Tensor | None = None,  # [n] float32
+    bias: Tensor | None = None,  # [V / tp]
+    softcap: float | None = None,
+    all_of_them: bool = False,
+) -> Tensor:
+    """[4, n], or [6, n] with all of them: NAMES, float32, of the real columns alone.
+
+    An entry is (logit + bias), capped as softcap * tanh(entry / softcap), over the row's temperature. A tensor rank
+    without a real column has -inf, and zeros.
+    """
+    if is_compiled(logits):
+        given = _columns(temperature, bias)
+        return torch.ops.megalign.vocab_statistics(
+            logits, labels.contiguous(), *given, softcap or 0.0, num_real, all_of_them
+        )
+    return vocab_statistics_in_torch(
+        logits,
+        labels,
+        num_real=num_real,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        all_of_them=all_of_them,
+    )
+
+
+def vocab_gradient_(
+    logits: Tensor,  # [n, V / tp]; becomes the gradient
+    labels: Tensor,
+    *,
+    log_normaliser: Tensor,  # [n] log sum_v e^x over the whole vocabulary
+    entropy: Tensor,  # [n]
+    grad_logprobs: Tensor,  # [n] float32
+    grad_entropy: Tensor | None,  # [n]
+    num_real: int,
+    temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """The gradient of the raw logits, written over them, 0 for padding.
+
+    With p = softmax(x): d logprob = onehot(label) - p, d entropy = -p (log p + entropy), each over the temperature and
+    times the cap's slope 1 - (capped / softcap)^2.
+    """
+    given = {"num_real": num_real, "temperature": temperature, "bias": bias, "softcap": softcap}
+    if not is_compiled(logits):
+        gradient = vocab_gradient_in_torch(
+            logits,
+            labels,
+            log_normaliser=log_normaliser,
+            entropy=entropy,
+            grad_logprobs=grad_logprobs,
+            grad_entropy=grad_entropy,
+            **given,
+        )
+        return logits.copy_(gradient)
+    columns = (log_normaliser, entropy, grad_logprobs, grad_entropy)
+    torch.ops.megalign.vocab_gradient_(
+        logits, labels.contiguous(), *_columns(temperature, bias), softcap or 0.0, num_real, *_columns(*columns)
+    )
+    return logits
+
+
+def vocab_statistics_in_torch(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    num_real: int,
+    temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    all_of_them: bool = False,
+) -> Tensor:
+    """`vocab_statistics`, pass by pass."""
+    if num_real == 0:
+        table = logits.new_zeros(len(NAMES), len(logits), dtype=torch.float32)
+        table[0] = -torch.inf
+        return table if all_of_them else table[:NUM_PLAIN]
+    x = _entries(logits[:, :num_real], temperature, None if bias is None else bias[:num_real], softcap)
+    top = x.max(dim=1).values
+    target = x.gather(1, labels.clamp(min=0)[:, None])[:, 0].where(labels >= 0, 0.0)
+    below = x - top[:, None]
+    exponentials = below.exp()
+    rows = [top, exponentials.sum(1), (exponentials * below).sum(1), target]
+    if all_of_them:
+        rows += [x.sum(1), exponentials.square().sum(1)]
+    return torch.stack(rows)
+
+
+def vocab_gradient_in_torch(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    log_normaliser: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    num_real: int,
+    temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """What `vocab_gradient_` writes, as a tensor of its own, [n, V / tp] float32."""
+    gradient = logits.new_zeros(logits.shape, dtype=torch.float32)
+    if num_real == 0:
+        return gradient
+    x = _entries(logits[:, :num_real], temperature, None if bias is None else bias[:num_real], softcap)
+    log_p = x - log_normaliser[:, None]
+    p = log_p.exp()
+    real = -p * grad_logprobs[:, None]
+    if grad_entropy is not None:
+        real -= p * (log_p + entropy[:, None]) * grad_entropy[:, None]
+    real.scatter_add_(1, labels.clamp(min=0)[:, None], grad_logprobs.where(labels >= 0, 0.0)[:, None])
+    if temperature is not None:
+        real /= temperature[:, None]
+    if softcap is not None:
+        capped = x if temperature is None else x * temperature[:, None]
+        real *= 1 - (capped / softcap).square()
+    gradient[:, :num_real] = real
+    return gradient
+
+
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether the extension has kernels for such a tensor."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.device.type not in ("cpu", "cuda"):
+        return False
+    return LOADED and (tensor.device.type == "cpu" or torch.ops.megalign.has_cuda())
+
+
+def multiply_bf16_in_fp32() -> bool:
+    """From now on this process widens bf16 matrices of its CPU for a product and rounds once; says whether it can.
+
+    For processors without bf16 instructions, where torch's own products take five to ten times fp32's time.
+    """
+    if LOADED:
+        torch.ops.megalign.multiply_bf16_in_fp32()
+    return LOADED
+
+
+def _entries(logits: Tensor, temperature: Tensor | None, bias: Tensor | None, softcap: float | None) -> Tensor:
+    x = logits.float()
+    if bias is not None:
+        x = x + bias.float()
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    return x if temperature is None else x / temperature[:, None]
+
+
+def _columns(*columns: Tensor | None) -> list[Tensor | None]:
+    return [None if column is None else column.detach().float().contiguous() for column in columns]
+
+
+def _load() -> tuple[bool, str]:
+    """(whether it is there, why not)."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_ops{suffix}")
+        if not path.exists():
+            continue
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:  # built for another torch, or another machine
+            return False, f"{path.name} does not load ({error}); build it anew: pip install --no-build-isolation -e ."
+        return True, ""
+    return False, "not built; pip install --no-build-isolation -e . builds it where there is a C++ compiler"
+
+
+LOADED, WHY_NOT = _load()

@@ -1,0 +1,188 @@
+"""csrc's operators against the same in torch, and that against fp64 autograd."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalign import ops
+
+CASES = {
+    "plain": {"width": 2500, "num_real": 2500},
+    "one block": {"width": 40, "num_real": 40},
+    "padding": {"width": 1024, "num_real": 1000},
+    "temperature": {"width": 2500, "num_real": 2500, "temperature": True},
+    "bias and temperature": {"width": 2500, "num_real": 2490, "temperature": True, "bias": True},
+    "softcap": {"width": 2500, "num_real": 2500, "softcap": 5.0},
+    "all": {"width": 3001, "num_real": 2900, "temperature": True, "bias": True, "softcap": 30.0},
+    "padding alone": {"width": 64, "num_real": 0},
+}
+ROWS = 6
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def case(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(logits, labels, the keywords of both operators)."""
+    what = CASES[name]
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(ROWS, what["width"], generator=generator) * 4).to(dtype)
+    labels = torch.randint(0, max(1, what["num_real"]), (ROWS,), generator=generator)
+    labels[0 if what["num_real"] else slice(None)] = -1
+    temperature = torch.rand(ROWS, generator=generator) + 0.5 if what.get("temperature") else None
+    bias = torch.randn(what["width"], generator=generator) if what.get("bias") else None
+    given = {"temperature": temperature, "bias": bias}
+    placed = {name: None if column is None else column.to(device) for name, column in given.items()}
+    return (
+        logits.to(device),
+        labels.to(device),
+        {**placed, "num_real": what["num_real"], "softcap": what.get("softcap")},
+    )
+
+
+def check_statistics(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Both ways of making them."""
+    logits, labels, how = case(name, dtype, device)
+    assert ops.is_compiled(logits)
+    for all_of_them in (False, True):
+        found = ops.vocab_statistics(logits, labels, all_of_them=all_of_them, **how)
+        wanted = ops.vocab_statistics_in_torch(logits, labels, all_of_them=all_of_them, **how)
+        torch.testing.assert_close(found, wanted, rtol=3e-6, atol=2e-3 if all_of_them else 1e-5)
+
+
+def check_gradient(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The gradient takes the logits' place; bf16 is rounded once."""
+    logits, labels, how = case(name, dtype, device)
+    statistics = ops.vocab_statistics_in_torch(logits, labels, **how)
+    log_sum = statistics[1].log() if how["num_real"] else torch.zeros(ROWS, device=device)
+    generator = torch.Generator().manual_seed(6)
+    seeds = torch.randn(2, ROWS, generator=generator).to(device)
+    known = {
+        "log_normaliser": statistics[0].clamp(min=-1e3) + log_sum,
+        "entropy": log_sum - (statistics[2] / statistics[1]).nan_to_num(),
+        "grad_logprobs": seeds[0],
+    }
+    for grad_entropy in (None, seeds[1]):
+        wanted = ops.vocab_gradient_in_torch(logits, labels, grad_entropy=grad_entropy, **known, **how)
+        given = logits.clone()
+        found = ops.vocab_gradient_(given, labels, grad_entropy=grad_entropy, **known, **how)
+        assert found is given and found.dtype is dtype
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+        torch.testing.assert_close(found.float(), wanted, **tolerance)
+
+
+def test_the_extension_is_there_where_it_can_be_built() -> None:
+    assert ops.LOADED or shutil.which("c++") is None, ops.WHY_NOT
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_statistics_equal_torch(name: str, dtype: torch.dtype) -> None:
+    check_statistics(name, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_torch(name: str, dtype: torch.dtype) -> None:
+    check_gradient(name, dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "padding alone"])
+def test_the_reference_equals_autograd_in_fp64(name: str) -> None:
+    logits, labels, how = case(name, torch.float32)
+    labels = labels.clamp(min=0)
+    x = logits.double().requires_grad_()
+    entries = x if how["bias"] is None else x + how["bias"].double()
+    if how["softcap"] is not None:
+        entries = how["softcap"] * torch.tanh(entries / how["softcap"])
+    if how["temperature"] is not None:
+        entries = entries / how["temperature"].double()[:, None]
+    log_p = entries[:, : how["num_real"]].log_softmax(1)
+    logprobs, entropy = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    seeds = torch.randn(2, ROWS, generator=torch.Generator().manual_seed(7)).double()
+    (logprobs * seeds[0] + entropy * seeds[1]).sum().backward()
+
+    statistics = dict(
+        zip(ops.NAMES, ops.vocab_statistics_in_torch(logits, labels, all_of_them=True, **how), strict=True)
+    )
+    log_normaliser = statistics["top"] + statistics["sum"].log()
+    torch.testing.assert_close(
+        (statistics["target"] - log_normaliser).double(), logprobs.detach(), rtol=1e-5, atol=1e-5
+    )
+    mine = statistics["sum"].log() - statistics["weighted"] / statistics["sum"]
+    torch.testing.assert_close(mine.double(), entropy.detach(), rtol=1e-5, atol=1e-5)
+    squares = statistics["squares"] / statistics["sum"].square()
+    torch.testing.assert_close(squares.double(), log_p.detach().exp().square().sum(1), rtol=1e-5, atol=1e-9)
+    gradient = ops.vocab_gradient_in_torch(
+        logits, labels, log_normaliser=log_normaliser, entropy=mine,
+        grad_logprobs=seeds[0].float(), grad_entropy=seeds[1].float(), **how,
+    )  # fmt: skip
+    torch.testing.assert_close(gradient.double(), x.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_logit_that_is_no_number_is_not_hidden(bad: float) -> None:
+    logits, labels, how = case("plain", torch.float32)
+    logits[2, 1500] = bad
+    statistics = ops.vocab_statistics(logits, labels, **how)
+    assert statistics[1].isfinite().tolist() == [True, True, False, True, True, True]
+
+
+def test_probabilities_too_small_for_fp32_are_zero() -> None:
+    logits = torch.tensor([[0.0, -1000.0, -88.0]])
+    statistics = ops.vocab_statistics(logits, torch.tensor([1]), num_real=3)
+    assert statistics[:, 0].tolist() == [0.0, 1.0, 0.0, -1000.0]
+
+
+def test_wrong_columns_are_refused() -> None:
+    logits = torch.randn(2, 8)
+    with pytest.raises(RuntimeError, match="labels must be 2 contiguous int64"):
+        ops.vocab_statistics(logits, torch.zeros(3, dtype=torch.int64), num_real=8)
+    with pytest.raises(RuntimeError, match="num_real is 9 of 8"):
+        ops.vocab_statistics(logits, torch.zeros(2, dtype=torch.int64), num_real=9)
+    with pytest.raises(RuntimeError, match="temperature must be 2"):
+        ops.vocab_statistics(logits, torch.zeros(2, dtype=torch.int64), num_real=8, temperature=torch.ones(1))
+
+
+# Each side the longest once, and longer than a panel of 2^22 numbers; and small ones.
+SHAPES = [(40, 70, 65_000), (65_000, 70, 40), (30, 150_000, 40), (5, 7, 9), (4, 4, 4), (1, 30, 50), (3, 30, 2)]
+
+
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_bf16_products_are_rounded_once(m: int, k: int, n: int) -> None:
+    assert ops.multiply_bf16_in_fp32() == ops.LOADED
+    generator = torch.Generator().manual_seed(8)
+    left, right = torch.randn(m, k, generator=generator).bfloat16(), torch.randn(n, k, generator=generator).bfloat16()
+    wanted = left.double() @ right.T.double()
+    noise = {"rtol": 2**-8, "atol": 1e-5 * k**0.5}  # half a unit in the last place; fp32's sums
+    torch.testing.assert_close((left @ right.T).double(), wanted, **noise)
+    torch.testing.assert_close((left @ right.T.contiguous()).double(), wanted, **noise)
+    out = torch.empty(m, n, dtype=torch.bfloat16)
+    torch.testing.assert_close(torch.mm(left, right.T, out=out).double(), wanted, **noise)
+    bias = torch.randn(n, generator=generator).bfloat16()
+    added = torch.addmm(bias, left, right.T, beta=2, alpha=0.5)
+    torch.testing.assert_close(added.double(), 2 * bias.double() + 0.5 * wanted, **noise)
+
+
+def test_bf16_products_have_gradients() -> None:
+    ops.multiply_bf16_in_fp32()
+    generator = torch.Generator().manual_seed(9)
+    left, right = (torch.randn(12, 8, generator=generator).bfloat16().requires_grad_() for _ in range(2))
+    seed = torch.randn(12, 12, generator=generator).bfloat16()
+    (left @ right.T).backward(seed)
+    for found, wanted in ((left.grad, seed.double() @ right.double()), (right.grad, seed.T.double() @ left.double())):
+        torch.testing.assert_close(found.double(), wanted.detach(), rtol=2**-8, atol=1e-5)
+
+
+def test_other_products_stay_torchs() -> None:
+    left, right = torch.randn(6, 5), torch.randn(5, 7)
+    before = left @ right
+    ops.multiply_bf16_in_fp32()
+    assert torch.equal(left @ right, before)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        torch.mm(left.bfloat16(), torch.randn(6, 7).bfloat16())
+    with pytest.raises(RuntimeError, match="same dtype"):
+        torch.mm(left.bfloat16(), right)
