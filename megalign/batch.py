@@ -30,6 +30,7 @@ class Batch:
     token_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each
     sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S] each
     rows: tuple[int, ...] = ()  # of the dataset, where they are known: for what is said about the batch
+    shared: tuple[int, ...] = ()  # tokens that each sequence begins with as the one before it (data/prefixes.py)
 
     def __post_init__(self) -> None:
         for name, column in self.token_columns.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, exported_config, is_classifier
 from megalign.conversion.hf_config import write_companions
+from megalign.data.prefixes import SharedPrefixes, shared_prefixes
 from megalign.errors import UserError
 from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
@@ -26,7 +27,7 @@ from megalign.model.attention import PackedSequences
 from megalign.model.build import HiddenStatesModel, build_model
 from megalign.model.finiteness import Finiteness, Skipped
 from megalign.model.heads import language_model_columns, score_columns
-from megalign.model.layer_spec import not_in_transformer_engine
+from megalign.model.layer_spec import can_share_prefixes, not_in_transformer_engine
 from megalign.model.offload import Offload
 from megalign.parallel import pipeline
 from megalign.parallel.control import agree
@@ -74,6 +75,7 @@ class TrainEngine:
         self._models = build_model(self.architecture, args, groups)
         load.load_hf(model_path, self._models, groups, self.architecture, seed=args.seed)
         self._chunks: list[nn.Module] = list(self._models)
+        self._shares_prefixes = args.share_prefixes and can_share_prefixes(self._models[0].config, self.architecture)
         self._optimizer = None
         self._sleeps = args.engines_sleep
         self._offload = Offload()
@@ -272,7 +274,7 @@ class TrainEngine:
         return [batch.to(device.device()) for batch in batches]
 
     def _stage(self, model: nn.Module, batch: Batch) -> Tensor:
-        packed = PackedSequences.of(batch, self.groups.cp)
+        packed = PackedSequences.of(batch, self.groups.cp, self._prefixes(batch))
         tokens = packed.local(batch.tokens)[None]
         positions = torch.arange(tokens.numel(), device=tokens.device)[None]  # rope takes them from `packed`
         balanced = (
@@ -280,6 +282,15 @@ class TrainEngine:
         )
         with self._offloaded(model) if self._args.activation_offloading else nullcontext():
             return model(tokens, positions, None, packed_seq_params=packed, **balanced)
+
+    def _prefixes(self, batch: Batch) -> SharedPrefixes | None:
+        """What of the batch is computed once for several sequences, where the attention allows it."""
+        if not self._shares_prefixes:
+            return None
+        lengths = batch.cu_seqlens.diff().tolist()
+        found = shared_prefixes(batch.shared, lengths, self.groups.token_multiple)
+        where = batch.tokens.device
+        return found and replace(found, kept=found.kept.to(where), source=found.source.to(where))
 
     def _pads(self, model: nn.Module, batch: Batch, packed: PackedSequences) -> Tensor:
         """[1, tokens] what a router must not count of the tokens that this chunk of the model sees."""
@@ -297,11 +308,11 @@ class TrainEngine:
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         # The head is no module that is called, so nothing has waited for its weight yet.
         overlap.finish_gather(self._chunks[-1:], self._args)
-        model, shape = self._models[-1], self.architecture
+        model, shape, prefixes = self._models[-1], self.architecture, self._prefixes(batch)
         if shape.num_labels is not None:
-            return score_columns(model, hidden, batch, self.groups)
+            return score_columns(model, hidden, batch, self.groups, prefixes)
         return language_model_columns(
-            model, hidden, batch, self.groups, shape.vocab_size, self._extras, shape.logit_softcap
+            model, hidden, batch, self.groups, shape.vocab_size, self._extras, shape.logit_softcap, prefixes
         )
 
 

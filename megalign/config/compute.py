@@ -42,6 +42,10 @@ class ComputeConfig(Config):
     (the first recompute_num_layers of each stage, chunks of a stage apart)."""
     recompute_num_layers: int | None = option(None, minimum=1)
     """Layers of a unit (uniform; 1 when not given) or of a stage's recomputed part (block)."""
+    share_prefixes: bool = True
+    """Neighbouring sequences of a microbatch that begin with the same 16 tokens or more (completions of a prompt, the
+    two of a preference pair) have them computed once; the numbers stay. Not with context parallelism, Transformer
+    Engine's layers, latent attention, LongRoPE or router_aux_loss_coef."""
     activation_offloading: bool = False
     """Activations that the backward pass needs wait in host memory: less device memory, slower steps."""
 

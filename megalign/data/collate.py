@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalign.batch import Batch, Completion
+from megalign.data.prefixes import common_beginnings
 from megalign.data.sampler import shard
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ def pack(sequences: Sequence[Mapping[str, Any]], *, multiple: int = 1, sequence_
         name: _joined([sequence[name] for sequence in sequences], lengths, total, torch.float32) for name in token_names
     }
     masks = [_loss_mask(sequence) for sequence in sequences]
+    tokens = _joined([sequence["tokens"] for sequence in sequences], lengths, total, torch.int64)
     return Batch(
-        tokens=_joined([sequence["tokens"] for sequence in sequences], lengths, total, torch.int64),
+        tokens=tokens,
+        shared=common_beginnings(tokens[: sum(lengths)], lengths),
         cu_seqlens=torch.tensor([0, *lengths, *tail]).cumsum(0).int(),
         num_sequences=len(sequences),
         unpadded_lengths=torch.tensor([len(sequence["tokens"]) for sequence in sequences]),

@@ -21,6 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from megalign.batch import Batch
+from megalign.data.prefixes import SharedPrefixes
 from megalign.parallel import context
 from megalign.parallel.groups import Axis
 
@@ -47,35 +48,43 @@ class PackedSequences(PackedSeqParams):
     unpadded_lengths: tuple[int, ...] = ()
     cp: Axis | None = None
     order: Tensor | None = None  # [T] context.whole_order, when cp has several ranks
+    prefixes: SharedPrefixes | None = None  # when some tokens are computed once for several sequences
     rotary: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # Rotary's tables
 
     @classmethod
-    def of(cls, batch: Batch, cp: Axis) -> PackedSequences:
+    def of(cls, batch: Batch, cp: Axis, prefixes: SharedPrefixes | None = None) -> PackedSequences:
         """The parameters of a Batch; `max_seqlen` is the true longest sequence."""
         lengths = tuple(batch.cu_seqlens.diff().tolist())
-        longest, unpadded = max(lengths), lengths
+        queries = lengths if prefixes is None else prefixes.queries
+        unpadded = lengths
         if batch.unpadded_lengths is not None:
             unpadded = (*batch.unpadded_lengths.tolist(), *lengths[batch.num_sequences :])
         order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
         # Transformer Engine's context parallelism asks for them; without it they would only cost it a comparison on
         # the device in each layer. A tail that pads T is a sequence of its own, so both are the same.
         padded = batch.cu_seqlens if cp.size > 1 else None
+        ends = batch.cu_seqlens
+        if prefixes is not None:
+            ends = torch.tensor((0, *queries)).cumsum(0).int().to(ends.device)
         return cls(
             qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_q=ends,
             cu_seqlens_kv=batch.cu_seqlens,
             cu_seqlens_q_padded=padded,
             cu_seqlens_kv_padded=padded,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=max(queries),
+            max_seqlen_kv=max(lengths),
             lengths=lengths,
             unpadded_lengths=unpadded,
             cp=cp,
             order=order,
+            prefixes=prefixes,
         )
 
     def local(self, tokens: Tensor) -> Tensor:
-        """[T] -> [T / cp], this context rank's tokens."""
+        """[T] -> [T / cp], this context rank's tokens; or [T'], those that are computed."""
+        if self.prefixes is not None:
+            return tokens[self.prefixes.kept]
         return tokens if self.order is None else tokens[self.order.view(self.cp.size, -1)[self.cp.rank]]
 
 
@@ -112,7 +121,7 @@ class PackedAttention(nn.Module):
 
     def forward(
         self,
-        query: Tensor,  # [T / cp, heads, head_dim]
+        query: Tensor,  # [T / cp, heads, head_dim], or T' with shared prefixes
         key: Tensor,  # [T / cp, groups, head_dim]
         value: Tensor,  # [T / cp, groups, value_dim]
         attention_mask: Tensor | None,
@@ -128,6 +137,9 @@ class PackedAttention(nn.Module):
         if not query.is_cuda and dtype is torch.bfloat16:
             # torch's CPU kernel takes 3.5 times as long for bf16's backward as for fp32's.
             query, key, value = query.float(), key.float(), value.float()
+        if packed_seq_params.prefixes is not None:
+            source = packed_seq_params.prefixes.source
+            key, value = key.index_select(0, source), value.index_select(0, source)
         if self._is_one_call(query, value, packed_seq_params):
             return self._attend_together(query, key, value, packed_seq_params)
         runs = _runs(packed_seq_params)
@@ -160,16 +172,16 @@ class PackedAttention(nn.Module):
 
     def _attend_together(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences) -> Tensor:
         """All sequences at once; the values of latent attention, narrower than its keys, with zeros behind them."""
-        width, ends, longest = value.shape[-1], packed.cu_seqlens_q, packed.max_seqlen_q
+        width = value.shape[-1]
         before = -1 if self._window is None else self._window - 1
         attended = varlen_attn(
             query,
             key,
             F.pad(value, (0, query.shape[-1] - width)),
-            ends,
-            ends,
-            longest,
-            longest,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
             scale=self._scale,
             window_size=(before, 0),
             **({"enable_gqa": True} if "enable_gqa" in _VARLEN_OPTIONS else {}),  # torch 2.11 takes it for granted
@@ -247,12 +259,14 @@ class _Run:
 
 
 def _runs(packed: PackedSequences) -> list[_Run]:
-    """This rank's queries in order: whole sequences, or two pieces of each under context parallelism."""
+    """This rank's queries in order: whole sequences but for what was computed with the one before, or two pieces of
+    each under context parallelism."""
     runs, start = [], 0
     size, rank = packed.cp.size, packed.cp.rank
-    for length in packed.lengths:
+    queries = packed.lengths if packed.prefixes is None else packed.prefixes.queries
+    for length, own in zip(packed.lengths, queries, strict=True):
         if size == 1:
-            runs.append(_Run(length, start, start + length))
+            runs.append(_Run(own, start, start + length))
         else:
             piece = length // (2 * size)
             runs += [_Run(piece, start, start + (number + 1) * piece) for number in (rank, 2 * size - 1 - rank)]

@@ -1,7 +1,7 @@
 """What the last stage makes of its hidden states: token columns, aligned with the tokens they speak of.
 
-Under sequence and context parallelism a rank holds the hidden states of its own tokens only; the columns are of
-the whole batch, on every rank.
+Under sequence and context parallelism a rank holds the hidden states of its own tokens only, and with shared prefixes
+of T' tokens for T; the columns are of the whole batch, on every rank.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from megalign.batch import Batch
+from megalign.data.prefixes import SharedPrefixes
 from megalign.model.build import HiddenStatesModel
 from megalign.parallel import context, vocab
 from megalign.parallel.groups import ParallelGroups
@@ -25,6 +26,7 @@ def language_model_columns(
     vocab_size: int,
     extras: tuple[str, ...] = (),
     softcap: float | None = None,
+    prefixes: SharedPrefixes | None = None,
 ) -> dict[str, Tensor]:
     """logprobs, entropy, argmax_correct and the extras (vocab.EXTRAS), [T] float32 each, 0 off the loss mask.
 
@@ -35,9 +37,14 @@ def language_model_columns(
     if model.config.sequence_parallel:
         # The scores' gradient is already whole on every tensor rank, so each takes its part of it.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-    following = _positions(batch, groups) + 1
-    rows = (following < batch.num_tokens).logical_and_(mask[following.clamp(max=batch.num_tokens - 1)]).nonzero()[:, 0]
-    targets = following[rows]
+    if prefixes is None:
+        following = _positions(batch, groups) + 1
+        has_loss = (following < batch.num_tokens).logical_and_(mask[following.clamp(max=batch.num_tokens - 1)])
+        rows = has_loss.nonzero()[:, 0]
+        targets = following[rows]
+    else:  # a prompt's last token predicts the first of each of its completions
+        targets = mask.nonzero()[:, 0]
+        rows = prefixes.source[targets - 1]
     scores = vocab.token_scores(
         hidden[:, 0].index_select(0, rows).to(model.head_weight.dtype),
         model.head_weight,
@@ -58,6 +65,7 @@ def score_columns(
     hidden: Tensor,  # [T / cp, 1, H], with sequence parallelism [T / cp / tp, 1, H]
     batch: Batch,
     groups: ParallelGroups,
+    prefixes: SharedPrefixes | None = None,
 ) -> dict[str, Tensor]:
     """`scores` and `values` [T] float32, 0 off the loss mask, from a head with one output.
 
@@ -69,6 +77,8 @@ def score_columns(
     if model.config.sequence_parallel:
         # After the head, so that each tensor rank has its own tokens' share of the weight's gradient.
         outputs = gather_from_sequence_parallel_region(outputs, tensor_parallel_output_grad=False)
+    if prefixes is not None:
+        outputs = outputs.index_select(0, prefixes.source)
     (outputs,) = _whole([outputs[:, 0]], _positions(batch, groups), batch, groups)
     # The first token is never in the loss, so what rolls over to it is masked.
     return {"scores": outputs * mask, "values": outputs.roll(1) * mask}

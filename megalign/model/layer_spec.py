@@ -64,6 +64,18 @@ def not_in_transformer_engine(architecture: Architecture) -> list[str]:
     return [name for name, needed in needs.items() if needed]
 
 
+def can_share_prefixes(config: TransformerConfig, architecture: Architecture) -> bool:
+    """Whether the hidden state of a token depends on the tokens before it alone, and the layers take fewer queries than
+    keys: latent attention and Transformer Engine rotate by places in whole sequences."""
+    return not (
+        config.context_parallel_size > 1
+        or config.transformer_impl == TRANSFORMER_ENGINE
+        or architecture.mla is not None
+        or (architecture.rope_scaling or {}).get("rope_type") == "longrope"  # all of a long sequence is rotated apart
+        or config.moe_aux_loss_coeff  # a mean over tokens, each in every sequence that has it
+    )
+
+
 def layer_spec(
     config: TransformerConfig, architecture: Architecture, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
