@@ -23,8 +23,8 @@ _CONTEXT = mp.get_context("forkserver")
 # What every worker would import anyway: paid once, in the server they are forked from.
 _CONTEXT.set_forkserver_preload(["torch", "transformers", "tests.warm"])
 
-_LONGEST_IDLE_S = 15.0
-_MOST_THREADS = 200  # a layout's groups have some 70; new processes cost half a second
+_LONGEST_IDLE_S = 30.0
+_MOST_THREADS = 500  # a layout's groups have some 40, which Megatron keeps alive; new processes cost half a second
 
 
 class RanksError(AssertionError):
@@ -172,8 +172,10 @@ def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:
     import torch.distributed as dist
 
     from megalign import liveness
+    from megalign.patches.gloo import share_device
 
     torch.set_num_threads(1)
+    share_device()
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=100))
     while True:
         try:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megalign import device, failure, launch, liveness
 from megalign.errors import UserError
+from megalign.patches import gloo
 from megalign.patches import megatron as megatron_patches
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def start_distributed(timeout_s: float) -> None:
         world = launch.prepare_environment()
         device.select_device()
         liveness.start(int(os.environ["RANK"]), world)
+        gloo.share_device()
         dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
     liveness.join(failure.default_store())
 
