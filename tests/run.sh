@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, after installing what they need; then those marked `megatron` on the newest Megatron-Core:
+# All tests, after installing what they need, and those marked `megatron` on the newest Megatron-Core too:
 #                                              bash tests/run.sh [pytest's arguments]
 # The five-minute inner loop:                  bash tests/run.sh quick [pytest's arguments]
 # Any tests on the newest Megatron-Core:       bash tests/run.sh newest [pytest's arguments]
@@ -26,10 +26,16 @@ case ${1:-} in
 quick) run -m "not vllm and not ranks8 and not slow and not gpu" "${@:2}" ;;
 newest) run_on_newest "${@:2}" ;;
 *)
+    # Side by side: a third of the tests keep one core only. The second's words wait for the first's.
+    newest=$(mktemp)
+    run_on_newest "$@" -m "megatron and not vllm" -p no:cacheprovider > "$newest" 2>&1 &
+    other=$!
+    trap 'kill "$other" 2> /dev/null || true; rm -f "$newest"' EXIT
     failed=0
     run "$@" || failed=$?
     # Status 5: the arguments chose tests, and none of them is marked.
-    run_on_newest "$@" -m "megatron and not vllm" || { status=$?; [[ $# -gt 0 && $status == 5 ]] || failed=$status; }
+    wait "$other" || { status=$?; [[ $# -gt 0 && $status == 5 ]] || failed=$status; }
+    cat "$newest"
     exit "$failed"
     ;;
 esac
