@@ -23,7 +23,13 @@ def share_device() -> None:
         distributed_c10d.ProcessGroupGloo = _OnSharedDevices
 
 
-class _OnSharedDevices(ProcessGroupGloo):
+class _AnyGloo(type(ProcessGroupGloo)):
+    def __instancecheck__(cls, group: Any) -> bool:
+        # The same group comes back from C++ as torch's own class once Python has let go of what it made.
+        return isinstance(group, ProcessGroupGloo)
+
+
+class _OnSharedDevices(ProcessGroupGloo, metaclass=_AnyGloo):
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         options = ProcessGroupGloo._Options()
         options._devices = _devices()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,6 +23,21 @@ def _sums_of_groups() -> tuple[list[float], int]:
     for group in groups:
         dist.destroy_process_group(group)
     return [float(value) for value in values], names.count("gloo_tcp_loop")
+
+
+def _timeout_is_set() -> None:
+    group = dist.new_group([0, 1])
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=77), group)
+    backend = group._get_backend(torch.device("cpu"))
+    assert backend.options._timeout == timedelta(seconds=77)
+    dist.destroy_process_group(group)
+
+
+def test_they_are_gloo_groups_to_torch() -> None:
+    run_ranks(2, _timeout_is_set)
 
 
 def test_groups_share_a_thread_and_nothing_else() -> None:
