@@ -4,7 +4,8 @@
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
-#include <math_constants.h>
+
+#include <cmath>
 
 namespace megalign {
 namespace {
@@ -27,10 +28,10 @@ __device__ float entry(const Rows& rows, const T* raw, int64_t index, float temp
 
 // Sums in units of exp(top): what a thread, a warp and a block know of a row.
 struct Partial {
-  float top = -CUDART_INF_F, sum = 0, weighted = 0, logits = 0, squares = 0;
+  float top = -INFINITY, sum = 0, weighted = 0, logits = 0, squares = 0;
 
   __device__ void rescale(float higher) {
-    if (top == -CUDART_INF_F) {
+    if (top == -INFINITY) {
       top = higher;
       return;
     }
@@ -52,7 +53,7 @@ struct Partial {
 
   __device__ void merge(Partial other) {
     const float higher = fmaxf(top, other.top);
-    if (higher != -CUDART_INF_F) {
+    if (higher != -INFINITY) {
       if (top != higher) rescale(higher);
       if (other.top != higher) other.rescale(higher);
     }
