@@ -50,6 +50,30 @@ def multiplies_bf16() -> bool:
     return on_cuda() or any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
+# TFLOP/s of a dense bf16 product, from NVIDIA's data sheets (half of those with sparsity); SXM parts.
+_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+
+
+def peak_flops() -> float | None:
+    """What a data sheet promises of bf16 products a second; None for a CPU and for GPUs that are not in the list."""
+    if not on_cuda():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((1e12 * tflops for part, tflops in _PEAKS.items() if part in name and "PCIe" not in name), None)
+
+
+def begin_peak() -> None:
+    """From now on `peak_bytes` is new."""
+    if on_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """The most that torch held on the GPU since `begin_peak`; on a CPU what is held now: whoever wants a peak asks
+    often."""
+    return torch.cuda.max_memory_allocated() if on_cuda() else resident_bytes()
+
+
 def synchronize() -> None:
     """Waits for the device, so that a wall-clock time means what it says."""
     if on_cuda():

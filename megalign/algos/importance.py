@@ -72,7 +72,7 @@ def _sampler_difference(batch: Batch) -> Tensor:
 
 def _scored(batch: Batch) -> Tensor:
     """[T] the loss tokens with a sampler logprob; vLLM gives NaN for those that it could not score."""
-    return batch["loss_mask"] & ~_sampler_difference(batch).isnan()
+    return batch["loss_mask"] & ~batch["rollout_logprobs"].isnan() if batch.num_sequences else batch["loss_mask"]
 
 
 # Taken as zeros, tokens without a score would understate the difference.

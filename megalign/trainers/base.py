@@ -19,6 +19,7 @@ from megalign import failure, liveness
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
+from megalign.conversion.flops import training_flops
 from megalign.conversion.hf_files import read_config
 from megalign.data import prepared
 from megalign.data.broken import Skipped
@@ -266,7 +267,9 @@ class Trainer:
         self.run.event("on_pre_optimizer_step")
         rate = self.learning_rate(self.state.global_step)
         counts = counts or self.counts(batches)
-        result = self.policy.train_step(batches, self.loss, learning_rate=rate, counts=counts)
+        with self.run.phases("update"):
+            result = self.policy.train_step(batches, self.loss, learning_rate=rate, counts=counts)
+        self.run.count_flops(self._flops(batches))
         self.run.event("on_optimizer_step")
         self.run.count_result(result, rate)
         return result
@@ -275,16 +278,23 @@ class Trainer:
         """The global counts of a step; `batches` are this rank's."""
         return reduce_counts(batches, self.groups, self.named_counts)
 
+    def _flops(self, batches: list[Batch]) -> float:
+        """Of the policy's update, for each rank of this replica."""
+        lengths = [length for batch in batches for length in batch.lengths.tolist()]
+        predicted = sum(int(batch["loss_mask"].sum()) for batch in batches)
+        ranks = self.groups.world.size // self.groups.dp.size
+        return training_flops(self.architecture, lengths, predicted) / ranks
+
     # ---- between two steps
 
     def _run_epoch(self) -> None:
         self.run.event("on_epoch_begin")
         updates = self.updates(self.run.epoch, self.run.update)
         for _ in range(self.run.update, self.plan.updates_per_epoch):
-            started = time.perf_counter()
+            self.run.phases.begin_step()
             self.run.event("on_step_begin")
             next(updates)
-            self.run.window.add({"step_time": time.perf_counter() - started})
+            self.run.note_time()
             self.run.count_step(self.plan)
             self.after_step()
             self.keeper.export_if_due()

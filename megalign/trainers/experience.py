@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor
 
 from megalign.algos.importance import SAMPLING_COUNTS, rollout_importance_weights, sampling_metrics
-from megalign.batch import Batch, Completion, Counts
+from megalign.batch import Batch, Completion, Counts, Metric
 from megalign.data.collate import completion_sequence, completion_sequences, packed_share, unpack
 from megalign.parallel.groups import ParallelGroups
-from megalign.parallel.reduce import gather_rows, reduce_counts, reduce_metrics
+from megalign.parallel.reduce import CountFn, gather_rows, reduce_counts, reduce_metrics
 from megalign.rollout.engine import awake
 from megalign.train_engine import TrainEngine
+from megalign.trainers.phases import Phases
 from megalign.trainers.reference import Reference
 
 
@@ -56,12 +56,13 @@ class Credited:
 
 
 def split_completions(num_completions: int, num_updates: int, *, seed: int, step: int) -> list[list[int]]:
-    """Indices of the completions of each optimizer step; shuffled only if there is more than one step."""
+    """Indices of the completions of each optimizer step, in order, for those of a prompt to be neighbours; drawn only
+    if there is more than one step."""
     order = list(range(num_completions))
     if num_updates > 1:
         order = np.random.default_rng((seed, 2, step)).permutation(num_completions).tolist()
     size = num_completions // num_updates
-    return [order[start : start + size] for start in range(0, num_completions, size)]
+    return [sorted(order[start : start + size]) for start in range(0, num_completions, size)]
 
 
 def step_counts(loss_tokens: Sequence[int], rows: Sequence[int], *, num_updates: int = 1) -> Counts:
@@ -86,12 +87,13 @@ class ExperienceMaker:
         groups: ParallelGroups,
         policy: TrainEngine,
         reference: Reference | None,
+        phases: Phases,
         *,
         needs_old_logprobs: bool,
         corrects_sampler: bool,
     ) -> None:
         self.args, self.groups = args, groups
-        self.policy, self.reference = policy, reference
+        self.policy, self.reference, self.phases = policy, reference, phases
         self.needs_old_logprobs, self.corrects_sampler = needs_old_logprobs, corrects_sampler
 
     def batches(self, completions: Sequence[Completion], rows: Sequence[int], micro_batch: int) -> list[Batch]:
@@ -144,16 +146,29 @@ class ExperienceMaker:
 
     def add_columns(self, minibatches: list[Minibatch]) -> tuple[list[Minibatch], dict[str, float]]:
         """Reference and old logprobs and importance weights where needed, and TRL's sampling/* metrics."""
-        started = time.perf_counter()
         metrics: dict[str, float] = {}
         if self.reference is not None:
-            minibatches = self.with_token_column(minibatches, "ref_logprobs", self.reference.engine, "logprobs")
+            with self.phases("reference"):
+                minibatches = self.with_token_column(minibatches, "ref_logprobs", self.reference.engine, "logprobs")
         if self.needs_old_logprobs:
-            minibatches = self.with_token_column(minibatches, "old_logprobs", self.policy, "logprobs")
-        if self.corrects_sampler:
+            with self.phases("logprob"):
+                minibatches = self.with_token_column(minibatches, "old_logprobs", self.policy, "logprobs")
+        if self.corrects_sampler and self.needs_old_logprobs:
             metrics = self._sampling_metrics(minibatches)
             minibatches = [minibatch.map(self._with_importance_weights) for minibatch in minibatches]
-        return minibatches, {**metrics, "perf/logprob_s": time.perf_counter() - started}
+        elif self.corrects_sampler:
+            minibatches = [self._with_counts(minibatch, SAMPLING_COUNTS) for minibatch in minibatches]
+        return minibatches, metrics
+
+    def corrected(self, logprobs: Tensor, batch: Batch, counts: Counts) -> tuple[Batch, dict[str, Metric]]:
+        """For the loss of a policy that has not changed since it sampled: its logprobs are the old ones.
+
+        The batch with the columns that `add_columns` gives it when it has not, and the sampling/* metrics.
+        """
+        if not self.corrects_sampler or self.needs_old_logprobs:
+            return batch, {}
+        batch = batch.with_token_columns(old_logprobs=logprobs.detach())
+        return self._with_importance_weights(batch), sampling_metrics(batch, counts, **self._importance_settings())
 
     def with_token_column(
         self, minibatches: list[Minibatch], name: str, engine: TrainEngine, output: str
@@ -191,6 +206,11 @@ class ExperienceMaker:
     def _with_importance_weights(self, batch: Batch) -> Batch:
         weights = rollout_importance_weights(batch, **self._importance_settings())
         return batch.with_token_columns(importance_weights=weights)
+
+    def _with_counts(self, minibatch: Minibatch, named: Mapping[str, CountFn]) -> Minibatch:
+        found = reduce_counts(minibatch.batches, self.groups, named).named
+        counts = replace(minibatch.counts, named={**minibatch.counts.named, **found})
+        return replace(minibatch, counts=counts)
 
     def _sampling_metrics(self, minibatches: list[Minibatch]) -> dict[str, float]:
         batches = [batch for minibatch in minibatches for batch in minibatch.batches]

@@ -13,6 +13,7 @@ from megalign.algos.advantages import group_advantages, reward_metrics
 from megalign.algos.controllers import AdaptiveEntropyController
 from megalign.algos.entropy import ENTROPY_COUNTS, entropy_threshold, high_entropy_mask
 from megalign.algos.policy import grpo_loss
+from megalign.batch import Batch, Counts, Metric
 from megalign.config import GRPOConfig
 from megalign.parallel.reduce import gather_over, reduce_counts
 from megalign.train_engine import StepResult
@@ -89,7 +90,7 @@ class GRPOTrainer(GroupTrainer):
         ]
         (chosen,) = with_token_columns([minibatch], columns)
         named = reduce_counts(chosen.batches, self.groups, ENTROPY_COUNTS).named
-        return replace(chosen, counts=replace(chosen.counts, named=named))
+        return replace(chosen, counts=replace(chosen.counts, named={**chosen.counts.named, **named}))
 
     def take_step(self, minibatch: Minibatch) -> StepResult:
         """One optimizer step, after which an adaptive entropy coefficient moves."""
@@ -100,10 +101,12 @@ class GRPOTrainer(GroupTrainer):
             self.run.window.add({"entropy_coef": self.entropy.coefficient})
         return result
 
-    def loss(self, *inputs: Any) -> Any:
+    def loss(self, outputs: dict[str, Tensor], batch: Batch, counts: Counts) -> tuple[Tensor, dict[str, Metric]]:
         """The LossFn of a step."""
         fields = {name: getattr(self.args, name) for name in _LOSS_FIELDS}
-        return grpo_loss(*inputs, **fields, entropy_coef=self._entropy_coef)
+        batch, sampling = self.experience.corrected(outputs["logprobs"], batch, counts)
+        value, metrics = grpo_loss(outputs, batch, counts, **fields, entropy_coef=self._entropy_coef)
+        return value, {**sampling, **metrics}
 
     @property
     def _entropy_coef(self) -> float | None:

@@ -75,10 +75,12 @@ class OfflineTrainer(Trainer):
         )
         sampler.load_state_dict({"epoch": epoch, "position": first})
         for _ in range(first, sampler.batches_per_epoch):
-            rows = next(sampler)
-            taken = self.sequences([self.train_rows[row] for row in rows])
-            self.run.count_tokens(sum(len(sequence["tokens"]) for sequence in taken))
-            yield self.update(self._batches(self.train_rows, rows, args.per_device_train_batch_size))
+            with self.run.phases("data"):
+                rows = next(sampler)
+                taken = self.sequences([self.train_rows[row] for row in rows])
+                self.run.count_tokens(sum(len(sequence["tokens"]) for sequence in taken))
+                batches = self._batches(self.train_rows, rows, args.per_device_train_batch_size)
+            yield self.update(batches)
 
     def evaluation(self, rows: Dataset) -> dict[str, float]:
         """Means over all rows, each row once."""

@@ -80,6 +80,7 @@ class OnlineTrainer(Trainer):
             self.groups,
             self.policy,
             self.reference,
+            self.run.phases,
             needs_old_logprobs=self.needs_old_logprobs(),
             corrects_sampler=self.corrects_sampler,
         )
@@ -148,8 +149,8 @@ class OnlineTrainer(Trainer):
         raise NotImplementedError
 
     def needs_old_logprobs(self) -> bool:
-        """TRL's rule: for the sampler's correction, and when a step's policy is not the one that sampled."""
-        return self.corrects_sampler or self.updates_per_round > 1
+        """Whether a step's policy may not be the one that sampled; else its own logprobs are the old ones."""
+        return self.updates_per_round > 1
 
     def with_step_columns(self, minibatch: Minibatch) -> Minibatch:
         """With columns that only the policy of the very step knows."""
@@ -161,8 +162,7 @@ class OnlineTrainer(Trainer):
             while self.schedule:
                 minibatch = self.with_step_columns(self.schedule.pop(0))
                 self.run.window.add(minibatch.metrics)
-                with self.run.timed("update_s"):
-                    result = self.take_step(minibatch)
+                result = self.take_step(minibatch)
                 self.sampling.policy_changed()
                 yield result
 
@@ -203,7 +203,10 @@ class OnlineTrainer(Trainer):
 
     def _learnable(self, sampled: Sampled, number: int) -> list[Minibatch]:
         """The round's optimizer steps, in order; its metrics go to the log."""
-        minibatches = self.experience.minibatches(sampled.completions, step=number, num_updates=self.updates_per_pass)
+        with self.run.phases("data"):
+            minibatches = self.experience.minibatches(
+                sampled.completions, step=number, num_updates=self.updates_per_pass
+            )
         minibatches, metrics = self.experience.add_columns(minibatches)
         credited = self.with_advantages(minibatches, sampled.scored.rewards, self.args.num_generations)
         self.after_credit(credited)
@@ -248,8 +251,7 @@ class OnlineTrainer(Trainer):
         with awake(self.policy):
             whole = self.with_step_columns(whole)
             loss = self.policy.eval_step(whole.batches, self.loss, counts=whole.counts)
-        metrics = {**loss, **completion_metrics(completions), **sampling, **credited.metrics, **scored.metrics}
-        return {name: value for name, value in metrics.items() if not name.startswith("perf/")}
+        return {**loss, **completion_metrics(completions), **sampling, **credited.metrics, **scored.metrics}
 
     # ---- rounds, state
 

@@ -218,7 +218,7 @@ class PPOTrainer(OnlineTrainer):
         rate = self.args.learning_rate if self.args.critic_learning_rate is None else self.args.critic_learning_rate
         loss = partial(ppo_value_loss, cliprange_value=self.args.cliprange_value, vf_coef=self.args.vf_coef)
         done = []
-        with awake(self.critic), self.run.timed("critic_s"):
+        with awake(self.critic), self.run.phases("critic"):
             for number, minibatch in enumerate(schedule):
                 factor = self.learning_rate.factor(self.state.global_step + number)
                 result = self.critic.train_step(

@@ -69,7 +69,10 @@ class PreferenceTrainer(OfflineTrainer):
 
     def with_reference(self, batches: list[Batch]) -> list[Batch]:
         """The batches with ref_logprobs, unless their rows brought them."""
-        return batches if self.args.precompute_ref_log_probs else self.reference.with_logprobs(batches)
+        if self.args.precompute_ref_log_probs:
+            return batches
+        with self.run.phases("reference"):
+            return self.reference.with_logprobs(batches)
 
     def _prepare(self, dataset: Any, name: str) -> Any:
         rows = super()._prepare(dataset, name)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megalign import device
 from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
 from megalign.parallel.control import any_rank, barrier
 from megalign.parallel.groups import Axis, ParallelGroups
 from megalign.train_engine import StepResult
+from megalign.trainers.phases import Phases
 from megalign.trainers.reporting import MetricsFile, MetricsWindow
 from megalign.trainers.schedule import StepPlan
 from megalign.trainers.skipping import Skips
@@ -48,6 +48,7 @@ class Run:
         self, args: Any, groups: ParallelGroups, callbacks: Sequence[Any] | None, *, model: Any, processing_class: Any
     ) -> None:
         self.world, self._max_skipped_steps = groups.world, args.max_skipped_steps
+        self._peak_flops = device.peak_flops() if args.params_dtype_name == "bfloat16" else None
         # A launcher that sets no LOCAL_RANK leaves it open who shares this node: then the job's first is the one.
         local_rank = int(os.environ.get("LOCAL_RANK", self.world.rank))
         self._process_flags = {
@@ -65,6 +66,7 @@ class Run:
             processing_class=processing_class,
         )
         self.window = MetricsWindow()
+        self.phases = Phases()
         self.file = MetricsFile(args.output_dir, active=self.world.rank == 0)
         self.state = TrainerState(**self._process_flags)
         self.control = TrainerControl()
@@ -77,7 +79,8 @@ class Run:
         self.control = TrainerControl()
         self.window = MetricsWindow()
         self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
-        self.logged_step = 0
+        self.logged_step = self.logged_tokens = 0
+        self._flops = 0.0
         self.loss_total = 0.0
         self.skips = Skips(self._max_skipped_steps, self.note)
         self._apply(plan)
@@ -87,6 +90,7 @@ class Run:
         self.state = state
         vars(self.state).update(self._process_flags)
         self.epoch, self.update, self.logged_step = position["epoch"], position["update"], position["logged_step"]
+        self.logged_tokens = position["logged_tokens"]
         self.window.restore(position["window"])
         self.skips.total = position["skipped"]
         self._apply(plan)
@@ -97,6 +101,7 @@ class Run:
             "epoch": self.epoch,
             "update": self.update,
             "logged_step": self.logged_step,
+            "logged_tokens": self.logged_tokens,
             "window": self.window.state(),
             "skipped": self.skips.total,
         }
@@ -140,18 +145,25 @@ class Run:
         # A line shows a loss that was not finite; the mean of the whole run is of the others.
         self.loss_total += result.loss if math.isfinite(result.loss) else 0.0
 
+    def count_flops(self, flops: float) -> None:
+        """Of the step's update, for this rank."""
+        self._flops += flops
+
+    def note_time(self) -> None:
+        """Where the step's time went, and how fast the update was, into the window."""
+        spent = self.phases.end_step()
+        if self._flops:
+            rate = self._flops / spent["perf/update_s"]
+            spent["perf/tflops"] = rate / 1e12
+            if self._peak_flops is not None:
+                spent["perf/mfu"] = rate / self._peak_flops
+        self.window.add(spent)
+        self._flops = 0.0
+
     def count_tokens(self, count: int) -> None:
         """Tokens of the whole job, prompts included, into `num_tokens`."""
         self.state.num_input_tokens_seen += count
         self.window.set(num_tokens=self.state.num_input_tokens_seen)
-
-    @contextmanager
-    def timed(self, name: str, *, noted: bool = True) -> Iterator[None]:
-        """The seconds of the block, as perf/<name>."""
-        started = time.perf_counter()
-        yield
-        if noted:
-            self.window.add({f"perf/{name}": time.perf_counter() - started})
 
     def log_training(self) -> bool:
         """The window as a line, if the callbacks want one and there was a step since the last; whether it was."""
@@ -172,8 +184,10 @@ class Run:
         self.log(metrics)
 
     def _drained(self) -> dict[str, Any]:
+        seconds, tokens = sum(self.window.means["step_time"]), self.state.num_input_tokens_seen - self.logged_tokens
+        self.window.set(**{"perf/tokens_per_s": tokens / seconds})
         line = self.window.drain()
-        self.logged_step = self.state.global_step
+        self.logged_step, self.logged_tokens = self.state.global_step, self.state.num_input_tokens_seen
         return {name: line[name] for name in _FIRST_IN_LINE} | line
 
     def _write(self, line: Mapping[str, Any]) -> None:

@@ -80,8 +80,10 @@ class Sampling:
         # An engine that has slept has lost its weights, the policy's present ones or not.
         if self._synced and not self._args.engines_sleep:
             return
-        with self._timed("weight_sync_s", place), awake(self._policy), awake(self.rollout, "weights"):
-            sync_weights(self._policy, self.rollout)
+        with self._run.phases("weight_sync"), awake(self._policy), awake(self.rollout, "weights"):
+            synced = sync_weights(self._policy, self.rollout)
+        if place.stream == "train":
+            self._run.window.add(synced.metrics)
         self._synced = True
 
     def _generate(self, prompts: Sequence[dict[str, Any]], num_generations: int, place: Place) -> list[Completion]:
@@ -101,7 +103,7 @@ class Sampling:
 
     def _completions(self, ids: list[list[int]], seeds: list[int], place: Place) -> list[Completion]:
         """Of the whole job; EngineError on all ranks alike, which leaves the engine as it is."""
-        with self._timed("generation_s", place), awake(self.rollout):
+        with self._run.phases("generation"), awake(self.rollout):
             mine, failure = [], None
             try:
                 mine = self.rollout.generate(ids, self._generation, seeds, self._run.state.global_step)
@@ -132,11 +134,8 @@ class Sampling:
         reads = self._groups.is_dp_leader or self._rewards.models
         texts = self.texts(completions) if reads else [""] * len(completions)
         options = {"group_size": num_generations, "trainer_state": self._run.state}
-        with self._timed("reward_s", place):
+        with self._run.phases("reward"):
             return self._rewards(completions, prompts, texts, **options)
-
-    def _timed(self, name: str, place: Place) -> Any:
-        return self._run.timed(name, noted=place.stream == "train")
 
 
 def numbered_row(rows: Dataset, number: int) -> dict[str, Any]:
