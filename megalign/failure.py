@@ -156,7 +156,7 @@ def _remove_left_behind(stem: str) -> None:
     """The files of launchers that are gone: no rank of a job can know that it is the last to need its own."""
     for path in glob.glob(f"{glob.escape(stem)}*.error"):
         process, _, started = path.removeprefix(stem).removesuffix(".error").partition("-")
-        if _start_of(process) != started:
+        if started != "0" and _start_of(process) != started:  # 0: another user's launcher, where /proc hides those
             with contextlib.suppress(OSError):  # another rank was faster
                 os.unlink(path)
 

@@ -80,13 +80,16 @@ class Node:
     def announce(self, reason: Reason) -> bool:
         """Tells the node's ranks to leave; whether this rank is the first to say so."""
         unfinished = self._mine.with_suffix(".reason")
-        unfinished.write_text(reason.to_line())
         try:
+            unfinished.write_text(reason.to_line())
             os.link(unfinished, self._directory / _REASON)  # whole, and only if there is none
         except FileExistsError:
             return False
+        except OSError:  # a full disk, a directory that was cleared away: the rank must leave all the same
+            return True
         finally:
-            unfinished.unlink()
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
         return True
 
     def reason(self) -> Reason | None:
@@ -98,7 +101,7 @@ class Node:
 
     def leave(self) -> None:
         """This rank's end is no death; the last one clears up, unless a rank that has not come yet must be told why."""
-        with contextlib.suppress(FileNotFoundError):  # cleared up by another that was the last as well
+        with contextlib.suppress(OSError):  # cleared up by another that was the last as well, say
             self._mine.rename(self._left)
             files = [file for file in self._directory.iterdir() if file.stem.isdigit() and file.suffix in ("", ".left")]
             alive = [file for file in files if not file.suffix and self._is_alive(file)]
@@ -141,7 +144,7 @@ def _remove_left_behind(place: Path, stem: str) -> None:
     """The directories of launchers that are gone: a rank that died could not remove its file."""
     for path in place.glob(f"{stem}*.ranks"):
         process, begun, *_ = path.name.removeprefix(stem).split("-")
-        if started(process) != begun:
+        if begun != "0" and started(process) != begun:  # 0: another user's launcher, where /proc hides those
             shutil.rmtree(path, ignore_errors=True)
 
 

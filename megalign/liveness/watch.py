@@ -13,17 +13,19 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from megalign.liveness.node import Node, Peer
-from megalign.liveness.pace import Pace, dump_stacks
+from megalign.liveness.pace import Pace, done_within, dump_stacks
 from megalign.liveness.reason import Reason
 from megalign.liveness.star import Star
 
 _TICK = 0.5  # seconds between two looks
+_WRITING = 10.0  # seconds that a file of stacks may take
 EXIT_PEER_LOST = 1
 
 
@@ -95,13 +97,27 @@ class Watch:
             self._over.wait(seconds)
 
     def _run(self) -> None:
-        while not self._over.is_set():
-            reason = self._news()
-            if reason is not None and not self._over.is_set():
-                self._end(reason)
+        try:
+            while not self._over.is_set():
+                reason = self._news()
+                if reason is not None and not self._over.is_set():
+                    self._end(reason)
+        except Exception as error:  # whatever it is: without its watch this rank would wait for the dead
+            if not self._over.is_set():
+                self._end(self._failed_itself(error))
         if self._star is not None:
             self._star.leave()
         self._node.leave()
+
+    def _failed_itself(self, error: Exception) -> Reason:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return Reason(
+            status=EXIT_PEER_LOST,
+            text=f"rank {self.rank} cannot watch over the others any more ({told}, in {last.name} at "
+            f"{os.path.basename(last.filename)}:{last.lineno}), so that a death would go unnoticed: all end; start "
+            "it again with resume_from_checkpoint latest",
+        )
 
     def _news(self) -> Reason | None:
         died, reason = [], None
@@ -116,7 +132,8 @@ class Watch:
             return reason
         if gone or died:
             return Reason(status=EXIT_PEER_LOST, text=_told(gone, died), stacks=True)
-        place = None if self._pace is None else self._pace.overdue()
+        pace = self._pace  # the thread that trains takes it away when it likes
+        place = None if pace is None else pace.overdue()
         if place is None:
             return None
         return Reason(
@@ -127,21 +144,21 @@ class Watch:
             stacks=True,
         )
 
-    def _end(self, reason: Reason) -> None:
-        is_first = self._node.announce(reason)
-        if self._star is not None:
-            self._star.say(reason)
-        if reason.text and is_first:
-            # Not print: the other thread may hold its lock. The cursor may stand behind a progress bar.
-            os.write(2, f"\nmegalign: error: {reason.text}\n".encode())
-        if reason.stacks and self._stacks is not None:
-            where = f"rank {self.rank}, process {os.getpid()} on {socket.gethostname()}"
-            dump_stacks(self._stacks, f"{where}: {reason.text}")
-        flushing = threading.Thread(target=_flush, daemon=True)
-        flushing.start()
-        flushing.join(1.0)
-        self._node.leave()
-        os._exit(reason.status)
+    def _end(self, reason: Reason) -> NoReturn:
+        try:
+            is_first = self._node.announce(reason)
+            if self._star is not None:
+                self._star.say(reason)
+            if reason.text and is_first:
+                # Not print: the other thread may hold its lock. The cursor may stand behind a progress bar.
+                os.write(2, f"\nmegalign: error: {reason.text}\n".encode())
+            if reason.stacks and self._stacks is not None:
+                where = f"rank {self.rank}, process {os.getpid()} on {socket.gethostname()}"
+                dump_stacks(self._stacks, f"{where}: {reason.text}", seconds=_WRITING)
+            done_within(1.0, _flush)
+            self._node.leave()
+        finally:
+            os._exit(reason.status)
 
     def _hook_uncaught(self) -> None:
         previous = sys.excepthook

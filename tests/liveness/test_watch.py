@@ -52,6 +52,7 @@ exec({
     "leaves": "sys.exit() if rank == 1 else time.sleep(2)",
     "raises": "assert rank != 1, 'a bug'; time.sleep(60)",
     "reports": "report_error('wrong') if rank == 1 else time.sleep(60)",
+    "breaks": "rank == 1 and setattr(liveness.watch._watch._node, 'dead', lambda: {}[7]); time.sleep(60)",
     "stands": "exec('with liveness.limited(1, \\"out\\"): time.sleep(60)')",
 }[how.split()[-1]])
 """
@@ -164,6 +165,13 @@ def test_a_reported_error_ends_the_others_without_another_word(nodes: int, tmp_p
     with ranks("joined reports", tmp_path, nodes=nodes) as job:
         assert [job.statuses()[rank] for rank in (0, 2)] == [2, 2]
     assert job.stderr == "megalign: error: wrong\n"
+
+
+def test_a_watch_that_fails_ends_the_job_and_says_why(tmp_path: Path) -> None:
+    with ranks("joined breaks", tmp_path, nodes=3) as job:
+        assert job.statuses() == [1, 1, 1]
+    why = "rank 1 cannot watch over the others any more (KeyError: 7, in <lambda> at <string>:"
+    assert [why in line for line in error_lines(job.stderr)] == [True] * 3
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
