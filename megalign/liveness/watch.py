@@ -43,6 +43,7 @@ class Watch:
         self._stacks: Path | None = None
         self._over = threading.Event()
         self._failed = self._waited = False
+        self._ending = threading.Lock()
         if not faulthandler.is_enabled():
             faulthandler.enable(file=2)  # NCCL's own watchdog aborts the process
         atexit.register(self.leave)
@@ -54,6 +55,7 @@ class Watch:
         """Connects the ranks of all nodes, once they have torch.distributed's store."""
         if self._star is not None:
             return
+        self._hook_uncaught()  # outside of torch.distributed's, which keeps to itself what the inner ones write
         try:
             self._star = Star(self.rank, store, number)
         except OSError as error:
@@ -66,11 +68,15 @@ class Watch:
 
     @contextlib.contextmanager
     def limited(self, seconds: float, directory: str) -> Iterator[None]:
-        """The calling thread may not stand still for longer; stacks go to the directory's `stacks/`."""
+        """The calling thread may not stand still for longer, nor leave without the others; stacks go to `stacks/`."""
         self._stacks = Path(directory) / "stacks" / f"rank_{self.rank:05d}.txt"
         self._limit, self._pace = seconds, Pace(seconds)
         try:
             yield
+        except SystemExit as leaving:
+            if leaving.code not in (None, 0):
+                self._end(self._left(leaving.code))
+            raise
         finally:
             pace, self._pace = self._pace, None
             pace.end()
@@ -145,6 +151,7 @@ class Watch:
         )
 
     def _end(self, reason: Reason) -> NoReturn:
+        self._ending.acquire()  # for good: the thread that trains may fail while the watch ends the process
         try:
             is_first = self._node.announce(reason)
             if self._star is not None:
@@ -161,16 +168,29 @@ class Watch:
             os._exit(reason.status)
 
     def _hook_uncaught(self) -> None:
+        """Python would wait for every thread before it ends, and those of NCCL may never do."""
         previous = sys.excepthook
 
         def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            if not hasattr(sys, "ps1"):  # a prompt goes on after an error
-                if isinstance(error, RuntimeError):  # a collective of which a peer has left
-                    self.await_verdict(3.0)
-                self._failed = True
-            previous(kind, error, trace)
+            is_mine = self._process == os.getpid() and threading.current_thread() is threading.main_thread()
+            if hasattr(sys, "ps1") or not is_mine or self._over.is_set():  # a prompt goes on after an error
+                previous(kind, error, trace)
+                return
+            if isinstance(error, RuntimeError):  # a collective of which a peer has left
+                self.await_verdict(3.0)
+            self._failed = True
+            try:
+                previous(kind, error, trace)
+            finally:
+                if self._hook is hook:
+                    told = " ".join(f"{kind.__name__}: {error}".split())[:300]
+                    self._end(Reason(status=1, text=_told_of_error(self.rank, told)))
 
-        sys.excepthook = hook
+        self._hook = sys.excepthook = hook
+
+    def _left(self, code: object) -> Reason:
+        status = code & 255 if isinstance(code, int) else 0
+        return Reason(status=status or 1, text=_told_of_error(self.rank, f"sys.exit({code!r})"))
 
 
 def _told(gone: list[Peer], died: list[int]) -> str:
@@ -181,6 +201,10 @@ def _told(gone: list[Peer], died: list[int]) -> str:
         f"{who} {'has' if len(ranks) == 1 else 'have'} died, so the other ranks end; the rank's own output says why, "
         "the kernel's log where it was killed; start the job again with resume_from_checkpoint latest"
     )
+
+
+def _told_of_error(rank: int, error: str) -> str:
+    return f"rank {rank} has ended with {error}, so the other ranks end; its own output says where"
 
 
 def _flush() -> None:
