@@ -199,21 +199,28 @@ LAUNCHERS: dict[str, Start] = {"forked": forked, "plain": plain, "torchrun": tor
 
 
 def losses(output_dir: Path) -> dict[int, float]:
-    """By step."""
+    """By step; none where the run came to no step."""
+    if not (output_dir / "metrics.jsonl").exists():
+        return {}
     return {line["step"]: line["loss"] for line in metric_lines(output_dir) if "loss" in line}
 
 
+def outcome(output_dir: Path) -> tuple[dict[int, float], str]:
+    """Losses and final weights."""
+    return losses(output_dir), digest(output_dir)
+
+
 def undisturbed(layout: str, here: Path) -> tuple[dict[int, float], str]:
-    """Losses and final weights of a run that ends by itself."""
+    """The outcome of a run that ends by itself."""
     output_dir = here / f"whole {layout}"
     if not (output_dir / "config.json").exists():
         with forked(words_of(layout, output_dir), here, LAYOUTS[layout][0]) as job:
             assert set(job.wait(600)) == {0}, job.stderr
-    return losses(output_dir), digest(output_dir)
+    return outcome(output_dir)
 
 
 def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, draw: random.Random) -> Trial | None:
-    """Starts, kills, waits, starts again; None where the rank had left before it could be killed."""
+    """Starts, kills, waits, starts again; None where the job was over before the rank could be missed."""
     expected = undisturbed(layout, here)
     output_dir = here / "disturbed"
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -231,14 +238,15 @@ def run_trial(launcher: str, layout: str, victim: int, phase: str, here: Path, d
         statuses = job.wait(LIMIT + 15)
         gone = time.monotonic() - killed if None not in statuses else float("inf")
         stderr = job.stderr
-        if not {*statuses} - {0, -signal.SIGKILL}:  # the others were at their own ends, and had nobody to wait for
+        # Where the model is not what it must be, they have left without what the victim owed them.
+        if not {*statuses} - {0, -signal.SIGKILL} and outcome(output_dir) == expected:
             return None
-    taken = _steps_taken(output_dir)
+    taken = max(losses(output_dir), default=0)
     with forked(words, here, ranks) as job:
         resumed = job.wait(600)
         said = re.search(r"resumed from .*checkpoint-(\d+)", job.stdout)
         first = int(said[1]) if said else 0
-        equal = set(resumed) == {0} and (losses(output_dir), digest(output_dir)) == expected
+        equal = set(resumed) == {0} and outcome(output_dir) == expected
         stderr += job.stderr if set(resumed) != {0} else ""
     trial = Trial(
         launcher=launcher,
@@ -289,10 +297,6 @@ def _moment(output_dir: Path) -> str:
     if unfinished:
         return f"inside {unfinished[-1]}"
     return f"after {saves[-1].name}" if saves else "before the first checkpoint"
-
-
-def _steps_taken(output_dir: Path) -> int:
-    return max(losses(output_dir), default=0) if (output_dir / "metrics.jsonl").exists() else 0
 
 
 def _named(stderr: str, victim: int, launcher: str) -> bool:
