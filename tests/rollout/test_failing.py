@@ -59,6 +59,26 @@ def test_another_alarm_waits_and_comes() -> None:
         signal.setitimer(signal.ITIMER_REAL, *earlier)
 
 
+def test_an_alarm_at_the_last_moment_leaves_no_clock_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock = signal.setitimer
+
+    def set_clock_late(which: int, seconds: float, interval: float = 0.0) -> tuple[float, float]:
+        if seconds == 0:
+            signal.raise_signal(signal.SIGALRM)
+        return set_clock(which, seconds, interval)
+
+    monkeypatch.setattr(signal, "setitimer", set_clock_late)
+    handler = signal.getsignal(signal.SIGALRM)
+    try:
+        with failing_after(30):
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert signal.getsignal(signal.SIGALRM) == handler
+    finally:
+        set_clock(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
 def test_in_another_thread_there_is_no_limit() -> None:
     found: list[str] = []
 
