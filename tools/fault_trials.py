@@ -34,7 +34,7 @@ from typing import Any, Protocol
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tiny model and the ways to start a job are the tests'
 
-from megalign.liveness.node import started  # noqa: E402
+from megalign.liveness.launcher import started  # noqa: E402
 from tests.jobs.forked import forked_job  # noqa: E402
 from tests.jobs.inputs import save_model, sums, write_rows  # noqa: E402
 from tests.jobs.start import environment, free_port  # noqa: E402
