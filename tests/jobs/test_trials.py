@@ -1,4 +1,4 @@
-"""What the kills of tools/fault_trials.py count as: a death that nobody noticed is a failure, no trial to repeat."""
+"""What a kill counts as: a death that nobody noticed is a failure, and no trial to repeat."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import fault_trials
+from tests.jobs import trials
 
 WEIGHTS = b"weights"
 
@@ -42,9 +42,9 @@ def test_others_that_end_well_without_the_whole_model_have_missed_a_death(
     @contextlib.contextmanager
     def start(words: Sequence[object], cwd: Path, ranks: int) -> Iterator[Over]:
         output_dir = Path(str(words[words.index("--output_dir") + 1]))
-        steps = fault_trials.STEPS if is_whole or started else 3
-        (output_dir / f"checkpoint-{fault_trials.STEPS}").mkdir(parents=True, exist_ok=True)
-        (output_dir / f"checkpoint-{fault_trials.STEPS}" / "manifest.json").touch()
+        steps = trials.STEPS if is_whole or started else 3
+        (output_dir / f"checkpoint-{trials.STEPS}").mkdir(parents=True, exist_ok=True)
+        (output_dir / f"checkpoint-{trials.STEPS}" / "manifest.json").touch()
         lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, steps + 1)]
         (output_dir / "metrics.jsonl").write_text("".join(lines))
         (output_dir / "model.safetensors").write_bytes(WEIGHTS if is_whole or started else WEIGHTS[:3])
@@ -55,11 +55,11 @@ def test_others_that_end_well_without_the_whole_model_have_missed_a_death(
     whole = tmp_path / "whole"
     whole.mkdir()
     (whole / "model.safetensors").write_bytes(WEIGHTS)
-    expected = (dict.fromkeys(range(1, fault_trials.STEPS + 1), 1.0), fault_trials.digest(whole))
-    monkeypatch.setattr(fault_trials, "undisturbed", lambda layout, here: expected)
-    monkeypatch.setitem(fault_trials.LAUNCHERS, "plain", start)
-    monkeypatch.setattr(fault_trials, "forked", start)
-    trial = fault_trials.run_trial("plain", "DP2", 0, "end", tmp_path, random.Random(0))
+    expected = (dict.fromkeys(range(1, trials.STEPS + 1), 1.0), trials.digest(whole))
+    monkeypatch.setattr(trials, "undisturbed", lambda layout, here: expected)
+    monkeypatch.setitem(trials.LAUNCHERS, "plain", start)
+    monkeypatch.setattr(trials, "forked", start)
+    trial = trials.run_trial("plain", "DP2", 0, "end", tmp_path, random.Random(0))
     if is_whole:
         assert trial is None and len(started) == 1
     else:
