@@ -43,7 +43,9 @@ def test_a_failed_job_removes_the_files_of_launchers_that_are_gone(tmp_path: Pat
         (tmp_path / name).mkdir()
         (tmp_path / name / "0").write_text("1 1")
     report_on_ranks(tmp_path, (0, 1))
-    (own,) = {path.name for path in tmp_path.iterdir()} - {*kept, f"{here}-{ended.pid}-0-0.0.ranks"}
+    left = {path.name for path in tmp_path.iterdir()}
+    (own,) = left - {*kept, f"{here}-{ended.pid}-0-0.0.ranks"}
+    assert len(left) == len(kept) + 2
     assert own.startswith(f"{here}-{os.getpid()}-")
 
 

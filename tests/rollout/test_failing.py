@@ -67,16 +67,17 @@ def test_an_alarm_at_the_last_moment_leaves_no_clock_behind(monkeypatch: pytest.
             signal.raise_signal(signal.SIGALRM)
         return set_clock(which, seconds, interval)
 
-    monkeypatch.setattr(signal, "setitimer", set_clock_late)
-    handler = signal.getsignal(signal.SIGALRM)
+    handler, earlier = signal.getsignal(signal.SIGALRM), set_clock(signal.ITIMER_REAL, 0)
     try:
-        with failing_after(30):
-            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "setitimer", set_clock_late)
+            with failing_after(30):
+                pass
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
         assert signal.getsignal(signal.SIGALRM) == handler
     finally:
-        set_clock(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
+        set_clock(signal.ITIMER_REAL, *earlier)
 
 
 def test_in_another_thread_there_is_no_limit() -> None:
