@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset
+from datasets.arrow_writer import OptimizedTypedSequence
 from pyarrow.lib import ArrowException
 from transformers.utils import logging
 
@@ -127,7 +129,8 @@ class _Column:
 
     def __init__(self, name: str, kind: Features | None) -> None:
         self.misfits: dict[int, str] = {}
-        self._name, self._given, self._kind = name, kind, kind
+        self._name, self._given = name, kind
+        self._kind: pa.DataType | None = None
         self._sample: list[Any] = []
 
     def judge(self, values: list[Any], first: int = 0) -> None:
@@ -145,9 +148,17 @@ class _Column:
             self._kind = kind
             self._sample += values
 
-    def kind_of(self, values: list[Any]) -> Features | str:
-        """The type of a column of these values, or why there is none."""
+    def kind_of(self, values: list[Any]) -> pa.DataType | str:
+        """The type of a column of these values, or why there is none.
+
+        As Dataset.from_dict makes one; a fingerprint, which it makes as well, costs five milliseconds each time.
+        """
+        name, given, kind = self._name, self._given, None
         try:
-            return _validated({self._name: values}, self._given).features
+            if given is not None:
+                values, kind = given.encode_column(values, name), given[name]
+            column = pa.array(OptimizedTypedSequence(values, type=kind, col=name))
+            column.validate(full=True)
         except _NO_COLUMN as error:
             return reason_of(error)
+        return column.type
