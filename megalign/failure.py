@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import functools
-import glob
 import os
 import signal
 import sys
-import tempfile
 from types import TracebackType
 from typing import NoReturn
 
 from megalign import liveness
 from megalign.errors import UserError
+from megalign.liveness.launcher import path_of_launcher
 
 EXIT_USER_ERROR = 2
 
@@ -127,12 +125,8 @@ def _first_on_this_node() -> bool:
 
     A rank that finds itself there belongs to the next job of the same launcher (a shell, or a restart).
     """
-    parent, rank = os.getppid(), os.environ.get("RANK", "0")
-    started = _start_of(parent)
-    stem = os.path.join(tempfile.gettempdir(), f"megalign-{os.getuid()}-")
-    if started is not None:
-        _remove_left_behind(stem)
-    with open(f"{stem}{parent}-{started or 0}.error", "a+") as file:
+    rank = os.environ.get("RANK", "0")
+    with path_of_launcher(".error").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         came = file.read().split()
@@ -141,24 +135,6 @@ def _first_on_this_node() -> bool:
             file.truncate(0)
         file.write(f"{rank}\n")
     return is_first
-
-
-def _start_of(process: int | str) -> str | None:
-    """When the process started, in clock ticks since the machine did; None where there is no such process."""
-    try:
-        with open(f"/proc/{process}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
-
-
-def _remove_left_behind(stem: str) -> None:
-    """The files of launchers that are gone: no rank of a job can know that it is the last to need its own."""
-    for path in glob.glob(f"{glob.escape(stem)}*.error"):
-        process, _, started = path.removeprefix(stem).removesuffix(".error").partition("-")
-        if _start_of(process) != started:
-            with contextlib.suppress(OSError):  # another rank was faster
-                os.unlink(path)
 
 
 def _first_node_by_agent() -> bool:

@@ -25,7 +25,7 @@ from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
 from megalign.model.attention import PackedSequences
 from megalign.model.build import HiddenStatesModel, build_model
-from megalign.model.finiteness import Finiteness, Skipped
+from megalign.model.finiteness import Finiteness, SkippedStep
 from megalign.model.heads import language_model_columns, score_columns
 from megalign.model.layer_spec import can_share_prefixes, not_in_transformer_engine
 from megalign.model.offload import Offload
@@ -49,7 +49,7 @@ class StepResult:
     grad_norm: float  # before clipping
     metrics: dict[str, float]
     counts: Counts
-    skipped: Skipped | None = None  # when loss or gradient were not finite: no weight and no optimizer state changed
+    skipped: SkippedStep | None = None  # when loss or gradient were not finite: nothing has changed
 
 
 class TrainEngine:

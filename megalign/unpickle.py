@@ -46,6 +46,7 @@ _METADATA_GLOBALS = {
     "PosixPath": "pathlib",  # where the writer had the directory
     "OrderedDict": "collections",
 }
+_PLACES = {"pathlib._local": "pathlib"}  # where Python 3.13 has the same classes
 # Only their names are read, no such class is ever imported.
 _KNOWN_PACKAGES = ("argparse", "types", "enum", "signal", "pathlib", "numpy", "torch", "megatron")
 # What zip archives and unpicklers answer bytes that mean nothing with, by the place at which they meet them.
@@ -137,9 +138,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        if _METADATA_GLOBALS.get(name) != module:
+        place = _PLACES.get(module, module)
+        if _METADATA_GLOBALS.get(name) != place:
             raise UserError(_refusal(str(self._path), f"{module}.{name}"))
-        return super().find_class(module, name)
+        return super().find_class(place, name)
 
 
 class _InertUnpickler(pickle.Unpickler):

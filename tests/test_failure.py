@@ -31,15 +31,22 @@ def test_ranks_of_one_launcher_report_once(tmp_path: Path) -> None:
 def test_a_failed_job_removes_the_files_of_launchers_that_are_gone(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    user, alive = os.getuid(), os.getppid()
+    here, elsewhere = (f"megalign-{os.getuid()}-{namespace}" for namespace in (os.stat("/proc/self/ns/pid").st_ino, 1))
+    alive = os.getppid()
     start = Path(f"/proc/{alive}/stat").read_text().rpartition(")")[2].split()[19]
-    kept = [f"megalign-{user}-{alive}-{start}.error", f"megalign-{user + 1}-{ended.pid}-7.error", "mine.error"]
-    gone = [f"megalign-{user}-{ended.pid}-7.error", f"megalign-{user}-{alive}-{int(start) - 1}.error"]
+    kept = [f"{here}-{alive}-{start}.error", f"{elsewhere}-{ended.pid}-7.error", "mine.error"]
+    kept += [f"{here}-{ended.pid}-0.error"]  # of another user's launcher, which /proc may hide (hidepid)
+    gone = [f"{here}-{ended.pid}-7.error", f"{here}-{alive}-{int(start) - 1}.error"]
     for name in kept + gone:
         (tmp_path / name).write_text("0\n")
+    for name in (f"{here}-{ended.pid}-7-0.0.ranks", f"{here}-{ended.pid}-0-0.0.ranks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0").write_text("1 1")
     report_on_ranks(tmp_path, (0, 1))
-    (own,) = {path.name for path in tmp_path.iterdir()} - set(kept)
-    assert own.startswith(f"megalign-{user}-{os.getpid()}-")
+    left = {path.name for path in tmp_path.iterdir()}
+    (own,) = left - {*kept, f"{here}-{ended.pid}-0-0.0.ranks"}
+    assert len(left) == len(kept) + 2
+    assert own.startswith(f"{here}-{os.getpid()}-")
 
 
 DISTRIBUTED = """

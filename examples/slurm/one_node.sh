@@ -4,9 +4,20 @@
 # kill its ranks 30 seconds later, in the middle of a long step or save.
 set -uo pipefail
 
-.venv/bin/torchrun "$@" &
+# A rank that does not train yet hears nothing: it is told until all have left.
+hand_on() (
+    trap '' USR1
+    while kill -0 "$agent" 2>/dev/null; do
+        pkill -USR1 -P "$agent"
+        sleep 2
+    done
+)
+
+# What is ignored stays so for torchrun and for its ranks until they train: the signal would end those that start.
+(trap '' USR1 && exec .venv/bin/torchrun "$@") &
 agent=$!
-trap 'pkill -USR1 -P "$agent"' USR1
+asked=
+trap '[[ -n $asked ]] || { asked=1; hand_on & }' USR1
 trap 'kill -TERM "$agent"' TERM
 
 while kill -0 "$agent" 2>/dev/null; do wait "$agent"; done  # a trap ends a wait too

@@ -20,7 +20,8 @@ from datasets.exceptions import DatasetGenerationError
 from pyarrow.lib import ArrowException
 from yaml import YAMLError
 
-from megalign.data.broken import BROKEN, first_broken_line, rows_of_lines
+from megalign.data.broken import BROKEN
+from megalign.data.json_lines import first_broken_line, rows_of_lines
 from megalign.data.table import as_table, reason_of
 from megalign.errors import UserError
 

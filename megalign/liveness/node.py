@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from megalign.liveness.launcher import path_of_launcher, started
 from megalign.liveness.reason import Reason
 
 _REASON = "reason"
@@ -35,7 +35,7 @@ class Node:
 
     def __init__(self, rank: int, world: int, *, job: str) -> None:
         """`job` tells one job of a launcher (a shell, say) from the next."""
-        self._directory = _directory_of(os.getppid(), job)
+        self._directory = path_of_launcher(f"-{job}.ranks")
         self._directory.mkdir(exist_ok=True)
         self._world, self._mine = world, self._directory / str(rank)
         self._left = self._mine.with_suffix(".left")
@@ -80,13 +80,16 @@ class Node:
     def announce(self, reason: Reason) -> bool:
         """Tells the node's ranks to leave; whether this rank is the first to say so."""
         unfinished = self._mine.with_suffix(".reason")
-        unfinished.write_text(reason.to_line())
         try:
+            unfinished.write_text(reason.to_line())
             os.link(unfinished, self._directory / _REASON)  # whole, and only if there is none
         except FileExistsError:
             return False
+        except OSError:  # a full disk, a directory that was cleared away: the rank must leave all the same
+            return True
         finally:
-            unfinished.unlink()
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
         return True
 
     def reason(self) -> Reason | None:
@@ -98,7 +101,7 @@ class Node:
 
     def leave(self) -> None:
         """This rank's end is no death; the last one clears up, unless a rank that has not come yet must be told why."""
-        with contextlib.suppress(FileNotFoundError):  # cleared up by another that was the last as well
+        with contextlib.suppress(OSError):  # cleared up by another that was the last as well, say
             self._mine.rename(self._left)
             files = [file for file in self._directory.iterdir() if file.stem.isdigit() and file.suffix in ("", ".left")]
             alive = [file for file in files if not file.suffix and self._is_alive(file)]
@@ -108,41 +111,6 @@ class Node:
     def _is_alive(self, file: Path) -> bool:
         peer, _ = _read(file)
         return peer is not None and self._sees and started(peer.process) == peer.started
-
-
-def started(process: int | str) -> str | None:
-    """When the process started, in clock ticks since the machine did; None where it is gone, waited for or not."""
-    try:
-        with open(f"/proc/{process}/stat") as stat:
-            words = stat.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if words[0] in "ZX" else words[19]
-
-
-def _directory_of(launcher: int, job: str) -> Path:
-    stem = f"megalign-{os.getuid()}-{_namespace()}-"
-    place = Path(tempfile.gettempdir())
-    begun = started(launcher)
-    if begun is not None:
-        _remove_left_behind(place, stem)
-    return place / f"{stem}{launcher}-{begun or 0}-{job}.ranks"
-
-
-def _namespace() -> int:
-    """Where numbers of processes mean the same: containers of one machine may share a directory for temporary files."""
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
-def _remove_left_behind(place: Path, stem: str) -> None:
-    """The directories of launchers that are gone: a rank that died could not remove its file."""
-    for path in place.glob(f"{stem}*.ranks"):
-        process, begun, *_ = path.name.removeprefix(stem).split("-")
-        if started(process) != begun:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _read(file: Path) -> tuple[Peer | None, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _SLACK = 20.0  # seconds: what the watch itself may be late
@@ -21,6 +24,7 @@ class Pace:
         self._thread = threading.get_ident()
         self._seen: tuple[tuple[int, int], ...] = ()
         self._since = self._renewed = time.monotonic()
+        self._ended, self._ending = False, threading.Lock()
         self._renew()
 
     def overdue(self) -> str | None:
@@ -44,23 +48,47 @@ class Pace:
 
     def end(self) -> None:
         """Nobody waits any more."""
-        faulthandler.cancel_dump_traceback_later()
+        with self._ending:
+            self._ended = True
+            faulthandler.cancel_dump_traceback_later()
 
     def _renew(self) -> None:
         # For a thread that never lets go of the interpreter: then the watch cannot run, and this timer, in C, can.
-        faulthandler.dump_traceback_later(self._limit + _SLACK, exit=True, file=2)
+        with self._ending:
+            if not self._ended:  # or the watch, which is late, would set the timer of a run that is over
+                faulthandler.dump_traceback_later(self._limit + _SLACK, exit=True, file=2)
 
 
-def dump_stacks(path: Path | None, text: str) -> None:
-    """The Python stacks of all threads into a file, or to stderr where there is none or it cannot be written."""
+def dump_stacks(path: Path, text: str, *, seconds: float) -> None:
+    """The Python stacks of all threads into a file, or to stderr where it cannot be written within so long."""
     try:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                file.write(f"{text}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-            return
+        # faulthandler holds the interpreter while it writes, which is no matter in a directory of this machine.
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
     except OSError:
-        os.write(2, f"{path} cannot be written\n".encode())
-    faulthandler.dump_traceback(2, all_threads=True)
+        faulthandler.dump_traceback(2, all_threads=True)
+        return
+    if not done_within(seconds, lambda: _write(path, f"{text}\n\n".encode() + stacks)):
+        os.write(2, f"{path} cannot be written\n".encode() + stacks)
+
+
+def done_within(seconds: float, act: Callable[[], object]) -> bool:
+    """Whether it was done; what is not, on a file system that hangs, stays behind in a thread."""
+    done: list[bool] = []
+
+    def run() -> None:
+        with contextlib.suppress(OSError):
+            act()
+            done.append(True)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(done)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

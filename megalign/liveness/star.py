@@ -11,12 +11,15 @@ import os
 import secrets
 import selectors
 import socket
+import time
 from typing import Any
 
 from megalign.liveness.reason import Reason
 
 _BYE = "bye"
 # A node without power answers nothing: known after 10 + 4 * 5 seconds.
+_GREETING = 10.0  # seconds in which whoever connects must say the job's word
+_LONGEST_GREETING = 256  # bytes
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
@@ -31,6 +34,7 @@ class Star:
         self._selector.register(self._bell, selectors.EVENT_READ)
         self._names: dict[socket.socket, int | None] = {}  # whose it is, once it has said so
         self._unread: dict[socket.socket, str | None] = {}
+        self._came: dict[socket.socket, float] = {}
         self._listener: socket.socket | None = None
         if rank == 0:
             self._listen(store)
@@ -63,7 +67,7 @@ class Star:
                 self._bell.recv(1)
                 continue
             if key.fileobj is self._listener:
-                with contextlib.suppress(BlockingIOError):  # whoever it was has hung up
+                with contextlib.suppress(OSError):  # whoever it was has hung up
                     self._take(self._listener.accept()[0], None)
                 continue
             for line in self._lines(key.fileobj):
@@ -79,6 +83,7 @@ class Star:
                 name = self._names[key.fileobj]
                 self._close(key.fileobj)
                 died += [] if name is None else [name]
+        self._drop_strangers()
         return died, reason
 
     def wake(self) -> None:
@@ -100,10 +105,17 @@ class Star:
     def _greet(self, connection: socket.socket, line: str) -> None:
         """Somebody who does not know the job's word is no rank of it."""
         token, _, rank = line.partition(" ")
-        if secrets.compare_digest(token, self._token) and rank.isdigit():
+        if secrets.compare_digest(token.encode(), self._token.encode()) and rank.isdigit():
             self._names[connection] = int(rank)
         else:
             self._close(connection)
+
+    def _drop_strangers(self) -> None:
+        """Who has connected and does not greet: the port is open to all, and to those that scan for open ones."""
+        late = time.monotonic() - _GREETING
+        for connection in [connection for connection, name in self._names.items() if name is None]:
+            if self._came[connection] < late or len(self._unread[connection]) > _LONGEST_GREETING:
+                self._close(connection)
 
     def _take(self, connection: socket.socket, name: int | None) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -112,6 +124,7 @@ class Star:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         connection.settimeout(5)
         self._names[connection], self._unread[connection] = name, ""
+        self._came[connection] = time.monotonic()
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _lines(self, connection: socket.socket) -> list[str]:
@@ -123,7 +136,7 @@ class Star:
         if not data:
             self._unread[connection] = None
             return []
-        *lines, self._unread[connection] = (self._unread[connection] + data.decode()).split("\n")
+        *lines, self._unread[connection] = (self._unread[connection] + data.decode(errors="replace")).split("\n")
         return lines
 
     def _send(self, connection: socket.socket, line: str) -> None:
@@ -134,7 +147,7 @@ class Star:
 
     def _close(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
-        del self._names[connection], self._unread[connection]
+        del self._names[connection], self._unread[connection], self._came[connection]
         connection.close()
 
     def _drop(self) -> None:

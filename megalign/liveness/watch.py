@@ -13,17 +13,19 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from megalign.liveness.node import Node, Peer
-from megalign.liveness.pace import Pace, dump_stacks
+from megalign.liveness.pace import Pace, done_within, dump_stacks
 from megalign.liveness.reason import Reason
 from megalign.liveness.star import Star
 
 _TICK = 0.5  # seconds between two looks
+_WRITING = 10.0  # seconds that a file of stacks may take
 EXIT_PEER_LOST = 1
 
 
@@ -41,6 +43,7 @@ class Watch:
         self._stacks: Path | None = None
         self._over = threading.Event()
         self._failed = self._waited = False
+        self._ending = threading.Lock()
         if not faulthandler.is_enabled():
             faulthandler.enable(file=2)  # NCCL's own watchdog aborts the process
         atexit.register(self.leave)
@@ -52,6 +55,7 @@ class Watch:
         """Connects the ranks of all nodes, once they have torch.distributed's store."""
         if self._star is not None:
             return
+        self._hook_uncaught()  # outside of torch.distributed's, which keeps to itself what the inner ones write
         try:
             self._star = Star(self.rank, store, number)
         except OSError as error:
@@ -64,11 +68,15 @@ class Watch:
 
     @contextlib.contextmanager
     def limited(self, seconds: float, directory: str) -> Iterator[None]:
-        """The calling thread may not stand still for longer; stacks go to the directory's `stacks/`."""
+        """The calling thread may not stand still for longer, nor leave without the others; stacks go to `stacks/`."""
         self._stacks = Path(directory) / "stacks" / f"rank_{self.rank:05d}.txt"
         self._limit, self._pace = seconds, Pace(seconds)
         try:
             yield
+        except SystemExit as leaving:
+            if leaving.code not in (None, 0):
+                self._end(self._left(leaving.code))
+            raise
         finally:
             pace, self._pace = self._pace, None
             pace.end()
@@ -95,13 +103,27 @@ class Watch:
             self._over.wait(seconds)
 
     def _run(self) -> None:
-        while not self._over.is_set():
-            reason = self._news()
-            if reason is not None and not self._over.is_set():
-                self._end(reason)
+        try:
+            while not self._over.is_set():
+                reason = self._news()
+                if reason is not None and not self._over.is_set():
+                    self._end(reason)
+        except Exception as error:  # whatever it is: without its watch this rank would wait for the dead
+            if not self._over.is_set():
+                self._end(self._failed_itself(error))
         if self._star is not None:
             self._star.leave()
         self._node.leave()
+
+    def _failed_itself(self, error: Exception) -> Reason:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return Reason(
+            status=EXIT_PEER_LOST,
+            text=f"rank {self.rank} cannot watch over the others any more ({told}, in {last.name} at "
+            f"{os.path.basename(last.filename)}:{last.lineno}), so that a death would go unnoticed: all end; start "
+            "it again with resume_from_checkpoint latest",
+        )
 
     def _news(self) -> Reason | None:
         died, reason = [], None
@@ -116,7 +138,8 @@ class Watch:
             return reason
         if gone or died:
             return Reason(status=EXIT_PEER_LOST, text=_told(gone, died), stacks=True)
-        place = None if self._pace is None else self._pace.overdue()
+        pace = self._pace  # the thread that trains takes it away when it likes
+        place = None if pace is None else pace.overdue()
         if place is None:
             return None
         return Reason(
@@ -127,33 +150,47 @@ class Watch:
             stacks=True,
         )
 
-    def _end(self, reason: Reason) -> None:
-        is_first = self._node.announce(reason)
-        if self._star is not None:
-            self._star.say(reason)
-        if reason.text and is_first:
-            # Not print: the other thread may hold its lock. The cursor may stand behind a progress bar.
-            os.write(2, f"\nmegalign: error: {reason.text}\n".encode())
-        if reason.stacks and self._stacks is not None:
-            where = f"rank {self.rank}, process {os.getpid()} on {socket.gethostname()}"
-            dump_stacks(self._stacks, f"{where}: {reason.text}")
-        flushing = threading.Thread(target=_flush, daemon=True)
-        flushing.start()
-        flushing.join(1.0)
-        self._node.leave()
-        os._exit(reason.status)
+    def _end(self, reason: Reason) -> NoReturn:
+        self._ending.acquire()  # for good: the thread that trains may fail while the watch ends the process
+        try:
+            is_first = self._node.announce(reason)
+            if self._star is not None:
+                self._star.say(reason)
+            if reason.text and is_first:
+                # Not print: the other thread may hold its lock. The cursor may stand behind a progress bar.
+                os.write(2, f"\nmegalign: error: {reason.text}\n".encode())
+            if reason.stacks and self._stacks is not None:
+                where = f"rank {self.rank}, process {os.getpid()} on {socket.gethostname()}"
+                dump_stacks(self._stacks, f"{where}: {reason.text}", seconds=_WRITING)
+            done_within(1.0, _flush)
+            self._node.leave()
+        finally:
+            os._exit(reason.status)
 
     def _hook_uncaught(self) -> None:
+        """Python would wait for every thread before it ends, and those of NCCL may never do."""
         previous = sys.excepthook
 
         def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            if not hasattr(sys, "ps1"):  # a prompt goes on after an error
-                if isinstance(error, RuntimeError):  # a collective of which a peer has left
-                    self.await_verdict(3.0)
-                self._failed = True
-            previous(kind, error, trace)
+            is_mine = self._process == os.getpid() and threading.current_thread() is threading.main_thread()
+            if hasattr(sys, "ps1") or not is_mine or self._over.is_set():  # a prompt goes on after an error
+                previous(kind, error, trace)
+                return
+            if isinstance(error, RuntimeError):  # a collective of which a peer has left
+                self.await_verdict(3.0)
+            self._failed = True
+            try:
+                previous(kind, error, trace)
+            finally:
+                if self._hook is hook:
+                    told = " ".join(f"{kind.__name__}: {error}".split())[:300]
+                    self._end(Reason(status=1, text=_told_of_error(self.rank, told)))
 
-        sys.excepthook = hook
+        self._hook = sys.excepthook = hook
+
+    def _left(self, code: object) -> Reason:
+        status = code & 255 if isinstance(code, int) else 0
+        return Reason(status=status or 1, text=_told_of_error(self.rank, f"sys.exit({code!r})"))
 
 
 def _told(gone: list[Peer], died: list[int]) -> str:
@@ -164,6 +201,10 @@ def _told(gone: list[Peer], died: list[int]) -> str:
         f"{who} {'has' if len(ranks) == 1 else 'have'} died, so the other ranks end; the rank's own output says why, "
         "the kernel's log where it was killed; start the job again with resume_from_checkpoint latest"
     )
+
+
+def _told_of_error(rank: int, error: str) -> str:
+    return f"rank {rank} has ended with {error}, so the other ranks end; its own output says where"
 
 
 def _flush() -> None:

@@ -18,7 +18,7 @@ from megalign.parallel.reduce import union_over
 
 
 @dataclass(frozen=True, kw_only=True)
-class Skipped:
+class SkippedStep:
     """A step that changed no weight because its gradient was not finite; equal on every rank."""
 
     rows: tuple[int, ...]  # of the dataset
@@ -48,14 +48,14 @@ class Finiteness:
 
         return checked
 
-    def skipped(self, batches: list[Batch], groups: ParallelGroups) -> Skipped:
+    def skipped(self, batches: list[Batch], groups: ParallelGroups) -> SkippedStep:
         """What is known of the step on all ranks; collective. `batches` are this rank's, on any stage."""
         here = [row for batch, sound in self._seen if not sound for row in batch.rows]
         rows = union_over(here, groups.world)
         if rows:
-            return Skipped(rows=tuple(rows), located=True)
+            return SkippedStep(rows=tuple(rows), located=True)
         everything = union_over([row for batch in batches for row in batch.rows], groups.world)
-        return Skipped(rows=tuple(everything), located=False)
+        return SkippedStep(rows=tuple(everything), located=False)
 
 
 def _note(sound: Tensor, gradient: Tensor | None) -> None:

@@ -39,8 +39,11 @@ def _alarm(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    is_over = False
+
     def stop(*_: object) -> None:
-        raise EngineError(f"it did not answer within vllm_timeout {seconds:g} s")
+        if not is_over:
+            raise EngineError(f"it did not answer within vllm_timeout {seconds:g} s")
 
     handler, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
     # Again and again: code that catches everything would go on after the first.
@@ -48,6 +51,7 @@ def _alarm(seconds: float | None) -> Iterator[None]:
     try:
         yield
     finally:
+        is_over = True  # first: an alarm that came before the next line is done would leave the clock running
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         if left:  # somebody else's alarm, which has waited

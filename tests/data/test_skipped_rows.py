@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from transformers.utils import logging as transformers_logging
 
 from megalign.config import SFTConfig
+from megalign.data import table
 from megalign.data.broken import BROKEN, Skipped
 from megalign.data.reading import load_rows, load_split
 from megalign.data.table import as_table, take_rows
@@ -137,9 +138,33 @@ def test_text_that_is_not_utf8_is_named_by_its_row_or_left_out(tmp_path: Path) -
 
 def test_rows_of_another_type_are_left_out_of_a_list() -> None:
     rows = [{"text": "a"}, {"text": 5}, {"text": "b"}, {"text": [1]}, {"text": None}]
-    table = as_table(rows, skip_bad_rows=True)
-    assert [row["text"] for row in table] == ["a", None, "b", None, None]
-    assert [row[BROKEN] is not None for row in table] == [False, True, False, True, False]
+    found = as_table(rows, skip_bad_rows=True)
+    assert [row["text"] for row in found] == ["a", None, "b", None, None]
+    assert [row[BROKEN] is not None for row in found] == [False, True, False, True, False]
+
+
+def test_many_rows_of_another_type_cost_no_table_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    kind_of = table._Column.kind_of
+
+    def counted(column: Any, values: list[Any]) -> Any:
+        looked_at.append(len(values))
+        return kind_of(column, values)
+
+    monkeypatch.setattr(table._Column, "kind_of", counted)
+    rows = [{"text": [place] if place % 8 == 5 else f"{place}", "n": [] if place % 64 == 9 else place / 3}
+            for place in range(512)]  # fmt: skip
+    found = as_table(rows, skip_bad_rows=True)
+    bad = [place for place in range(512) if place % 8 == 5 or place % 64 == 9]
+    assert [place for place, reason in enumerate(found[BROKEN]) if reason is not None] == bad
+    assert 512 < sum(looked_at) < 30 * 512
+
+
+def test_a_row_that_only_goes_with_those_before_it_is_named_all_the_same() -> None:
+    rows: list[dict[str, Any]] = [{"n": 1}, {"n": 2**60}, {"n": 1.5}]
+    with pytest.raises(UserError, match="dataset row 1: its 'n' does not go into one column"):
+        as_table(rows)
+    assert as_table(rows, skip_bad_rows=True)["n"] == [1, None, 1.5]
 
 
 @pytest.mark.parametrize("skip_bad_rows", [False, True])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.jobs.inputs import save_model, sums, write_rows
@@ -23,7 +26,8 @@ while [[ $1 == --* ]]; do shift; done
 jobs=()
 trap 'kill -USR1 "${jobs[@]}"' USR1
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
-    SLURM_PROCID=$node SLURM_NODEID=$node "$@" & jobs+=($!)
+    SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=$SLURM_JOB_NUM_NODES SLURM_PROCID=$node SLURM_NODEID=$node SLURM_LOCALID=0 \
+        "$@" & jobs+=($!)
 done
 status=0
 for job in "${jobs[@]}"; do
@@ -79,11 +83,11 @@ def test_8b_sft_runs_on_one_node_stops_before_its_time_is_up_and_goes_on(tmp_pat
         first = subprocess.Popen(words, cwd=cwd, env=environment(**environ), stdout=log, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 150
-        while not (tmp_path / "out" / "metrics.jsonl").exists():
+        while len(ranks_of(first)) < 2:
             assert time.monotonic() < end and first.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.1)
-        first.send_signal(signal.SIGUSR1)  # as Slurm does: to the script alone
-        assert first.wait(60) == 0, (tmp_path / "log").read_text()
+        first.send_signal(signal.SIGUSR1)  # as Slurm does: to the script alone, and perhaps before the ranks train
+        assert first.wait(100) == 0, (tmp_path / "log").read_text()
     finally:
         end_with_children(first)
     stopped = metric_lines(tmp_path / "out")[-1]
@@ -121,6 +125,50 @@ def test_70b_grpo_runs_over_two_nodes(tmp_path: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2]
     assert all("rewards/accuracy_reward/mean" in line for line in steps)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def ranks_of(script: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """What its torchrun has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        below = psutil.Process(script.pid).children(recursive=True)
+        return [process for process in below if "torchrun" in "".join(process.parent().cmdline())]
+    return []
+
+
+# A torchrun whose ranks hear the signal only after a while, and note what it would have done to them before.
+TORCHRUN = f"""#!{sys.executable}
+import subprocess, sys
+ranks = [subprocess.Popen([sys.executable, "rank.py", number]) for number in ("5", "6")]
+sys.exit(10 * ranks[0].wait() + ranks[1].wait())
+"""
+RANK = """
+import signal, sys, time
+from pathlib import Path
+Path("rank" + sys.argv[1]).write_text(signal.getsignal(signal.SIGUSR1).name)
+time.sleep(0.5)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(int(sys.argv[1])))
+time.sleep(60)
+"""
+
+
+def test_a_nodes_ranks_hear_a_signal_that_came_before_they_listened(tmp_path: Path) -> None:
+    torchrun = tmp_path / ".venv" / "bin" / "torchrun"
+    torchrun.parent.mkdir(parents=True)
+    torchrun.write_text(TORCHRUN)
+    torchrun.chmod(0o755)
+    (tmp_path / "rank.py").write_text(RANK)
+    notes = [tmp_path / f"rank{number}" for number in (5, 6)]
+    node = subprocess.Popen(["bash", str(ROOT / "examples/slurm/one_node.sh")], cwd=tmp_path)
+    try:
+        end = time.monotonic() + 20
+        while not all(note.exists() for note in notes):
+            assert time.monotonic() < end and node.poll() is None
+            time.sleep(0.01)
+        node.send_signal(signal.SIGUSR1)
+        assert node.wait(20) == 56
+    finally:
+        end_with_children(node)
+    assert [note.read_text() for note in notes] == ["SIG_IGN", "SIG_IGN"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from tests.jobs import trials
 from tests.jobs.forked import ForkedJob, forked_job
 from tests.jobs.inputs import save_model, sums, write_rows
 from tests.jobs.start import error_lines
 from tests.trainers.runs import digest, metric_lines
-from tools import fault_trials
 
 TP2 = ["--tensor_model_parallel_size", 2]
 STEPS = 8
@@ -41,7 +41,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_rank_costs_no_more_than_the_steps_since_the_last_save(
     layout: str, victim: int, phase: str, here: Path
 ) -> None:
-    trial = fault_trials.run_trial("forked", layout, victim, phase, here, random.Random(victim))
+    trial = trials.run_trial("forked", layout, victim, phase, here, random.Random(victim))
     assert trial.passed, trial
 
 
@@ -226,8 +226,8 @@ def test_too_many_skipped_steps_save_and_end_the_job(here: Path) -> None:
 
 
 @contextlib.contextmanager
-def under_torchrun(output_dir: Path, here: Path) -> Iterator[fault_trials.Started]:
-    with fault_trials.torchrun(words(output_dir.name, *TP2, max_steps=100_000), here, 2) as job:
+def under_torchrun(output_dir: Path, here: Path) -> Iterator[trials.Started]:
+    with trials.torchrun(words(output_dir.name, *TP2, max_steps=100_000), here, 2) as job:
         end = time.monotonic() + 200
         while not (output_dir / "metrics.jsonl").exists():
             assert time.monotonic() < end and job.wait(0) == [None], job.stderr

@@ -16,7 +16,8 @@ import pytest
 from tests.jobs.start import error_lines
 
 RANK = """
-import os, sys, time
+import io, os, sys, threading, time
+from functools import partial
 from pathlib import Path
 
 from megalign import liveness
@@ -38,10 +39,20 @@ def everybody(name):
     while len(list(Path().glob(f"{name}.*"))) < world:
         time.sleep(0.01)
 
+def held():
+    threading.Thread(target=time.sleep, args=(60,)).start()  # Python does not end before it
+
+def as_torch_does(previous, *error):  # its hook, which init_process_group sets
+    sys.stderr = io.StringIO()
+    previous(*error)
+    text, sys.stderr = sys.stderr.getvalue(), sys.__stderr__
+    sys.stderr.write(f"[rank{rank}]: {text}")
+
 node._PATIENCE = 1.0
 rank, world, how = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
 liveness.start(rank, world)
 if "joined" in how:
+    sys.excepthook = partial(as_torch_does, sys.excepthook)
     liveness.join(Store())
 if "dies" in how:
     exec("os.kill(os.getpid(), 9)" if rank == 0 else "time.sleep(60)")
@@ -50,8 +61,10 @@ time.sleep(0.6)  # everybody has looked at everybody
 exec({
     "waits": "time.sleep(60)",
     "leaves": "sys.exit() if rank == 1 else time.sleep(2)",
-    "raises": "assert rank != 1, 'a bug'; time.sleep(60)",
+    "raises": "held(); assert rank != 1, 'a bug'; time.sleep(60)",
+    "exits": "held(); exec('with liveness.limited(60, \\"out\\"): rank == 1 and sys.exit(3); time.sleep(60)')",
     "reports": "report_error('wrong') if rank == 1 else time.sleep(60)",
+    "breaks": "rank == 1 and setattr(liveness.watch._watch._node, 'dead', lambda: {}[7]); time.sleep(60)",
     "stands": "exec('with liveness.limited(1, \\"out\\"): time.sleep(60)')",
 }[how.split()[-1]])
 """
@@ -150,13 +163,21 @@ def test_who_leaves_in_good_order_has_not_died(nodes: int, tmp_path: Path) -> No
     assert not list(tmp_path.rglob("megalign-*.ranks")), "the last one clears up"
 
 
-@pytest.mark.parametrize("nodes", [1, 3])
-def test_an_uncaught_exception_is_a_death(nodes: int, tmp_path: Path) -> None:
-    with ranks("joined raises", tmp_path, nodes=nodes) as job:
+@pytest.mark.parametrize(("how", "nodes"), [("raises", 1), ("joined raises", 1), ("joined raises", 3)])
+def test_an_uncaught_exception_ends_all_though_threads_hold_the_process(how: str, nodes: int, tmp_path: Path) -> None:
+    with ranks(how, tmp_path, nodes=nodes) as job:
         assert job.statuses() == [1, 1, 1]
-    assert "AssertionError: a bug" in job.stderr
-    lines = error_lines(job.stderr)
-    assert lines and all("rank 1 (" in line and "own output says why" in line for line in lines)
+    prefix = "[rank1]: " if "joined" in how else ""
+    assert f"{prefix}Traceback (most recent call last)" in job.stderr
+    line = "rank 1 has ended with AssertionError: a bug, so the other ranks end; its own output says where"
+    assert error_lines(job.stderr) == [f"megalign: error: {line}"] * nodes
+
+
+def test_a_rank_that_leaves_the_training_by_itself_ends_all_with_its_status(tmp_path: Path) -> None:
+    with ranks("exits", tmp_path) as job:
+        assert job.statuses() == [3, 3, 3]
+    (line,) = error_lines(job.stderr)
+    assert "rank 1 has ended with sys.exit(3), so the other ranks end" in line
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
@@ -164,6 +185,13 @@ def test_a_reported_error_ends_the_others_without_another_word(nodes: int, tmp_p
     with ranks("joined reports", tmp_path, nodes=nodes) as job:
         assert [job.statuses()[rank] for rank in (0, 2)] == [2, 2]
     assert job.stderr == "megalign: error: wrong\n"
+
+
+def test_a_watch_that_fails_ends_the_job_and_says_why(tmp_path: Path) -> None:
+    with ranks("joined breaks", tmp_path, nodes=3) as job:
+        assert job.statuses() == [1, 1, 1]
+    why = "rank 1 cannot watch over the others any more (KeyError: 7, in <lambda> at <string>:"
+    assert [why in line for line in error_lines(job.stderr)] == [True] * 3
 
 
 @pytest.mark.parametrize("nodes", [1, 3])

@@ -59,6 +59,27 @@ def test_another_alarm_waits_and_comes() -> None:
         signal.setitimer(signal.ITIMER_REAL, *earlier)
 
 
+def test_an_alarm_at_the_last_moment_leaves_no_clock_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_clock = signal.setitimer
+
+    def set_clock_late(which: int, seconds: float, interval: float = 0.0) -> tuple[float, float]:
+        if seconds == 0:
+            signal.raise_signal(signal.SIGALRM)
+        return set_clock(which, seconds, interval)
+
+    handler, earlier = signal.getsignal(signal.SIGALRM), set_clock(signal.ITIMER_REAL, 0)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "setitimer", set_clock_late)
+            with failing_after(30):
+                pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert signal.getsignal(signal.SIGALRM) == handler
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        set_clock(signal.ITIMER_REAL, *earlier)
+
+
 def test_in_another_thread_there_is_no_limit() -> None:
     found: list[str] = []
 
