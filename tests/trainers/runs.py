@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ def token_rows(count: int, *, seed: int = 0, vocabulary: int = 101) -> list[dict
         ids = [draw.randrange(3, vocabulary) for _ in range(length)]
         rows.append({"input_ids": ids, "completion_mask": [0] * prompt + [1] * (length - prompt)})
     return rows
+
+
+def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the log without what depends on the clock or the machine."""
+    return {
+        name: value
+        for name, value in line.items()
+        if not name.startswith("perf/") and not name.endswith(("time", "per_second"))
+    }
 
 
 def train_sft(

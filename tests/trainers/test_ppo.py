@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.tiny import save_tiny_classifier
 from tests.trainers.grpo_runs import closeness, prompt_rows, save_model_with_tokenizer, watch
 from tests.trainers.layout_runs import made
-from tests.trainers.runs import StopAt, digest, metric_lines
+from tests.trainers.runs import StopAt, digest, metric_lines, without_times
 
 ROWS = prompt_rows(8)
 
@@ -165,12 +165,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(world: int, model: str, 
     found = run_ranks(world, train, model, parts, {"resume": "latest"})[0]
     assert found["digests"] == expected["digests"]
     assert found["coefficient"] == expected["coefficient"]
-    lines, wanted = ([_without_times(line) for line in metric_lines(tmp_path / name)] for name in ("parts", "whole"))
+    lines, wanted = ([without_times(line) for line in metric_lines(tmp_path / name)] for name in ("parts", "whole"))
     assert lines == wanted
-
-
-def _without_times(line: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if not key.endswith(("time", "_s"))}
 
 
 def refused(model: str, fields: dict[str, Any], given: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import pytest
 from tests.layouts import Layout
 from tests.ranks import run_ranks
 from tests.trainers.layout_runs import OFFLINE, run, save_models
-from tests.trainers.runs import metric_lines
+from tests.trainers.runs import metric_lines, without_times
 
 # Where completions are sampled, step 5 is in the middle of a round, whose other steps a checkpoint must keep.
 KINDS: dict[str, dict[str, Any]] = {
@@ -45,10 +45,7 @@ def _run(kind: str, paths: dict[str, str], layout: Layout, directory: Path, **op
     run_ranks(layout.world, run, kind, paths, layout, str(directory), fields)
     lines = [line for line in metric_lines(directory) if line["step"] > 5]
     assert [line["step"] for line in lines] == [6, 7, 8, 9, 10]
-    return [
-        {name: value for name, value in line.items() if not name.endswith(("time", "_s", "per_second"))}
-        for line in lines
-    ]
+    return [without_times(line) for line in lines]
 
 
 def _resumed(kind: str, paths: dict[str, str], layout: Layout, whole: Path, directory: Path) -> list[dict[str, Any]]:

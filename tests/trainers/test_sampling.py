@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +9,12 @@ import pytest
 import torch
 
 from megalign.batch import Completion
+from megalign.resharding.sync import Synced
 from megalign.rollout.engine import GenerationParams
 from megalign.rollout.rewards import RewardResult
 from megalign.trainers import sampling
+from megalign.trainers.phases import Phases
+from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.sampling import Place, Sampling, completion_seeds
 
 
@@ -40,10 +42,10 @@ class Recorder:
 def sampled_thrice(monkeypatch: pytest.MonkeyPatch, *, engines_sleep: bool) -> list[str]:
     """What the engines are told while a round samples twice, as dynamic sampling does, and once more after a step."""
     told: list[str] = []
-    monkeypatch.setattr(sampling, "sync_weights", lambda policy, rollout: told.append("sync"))
+    monkeypatch.setattr(sampling, "sync_weights", lambda policy, rollout: told.append("sync") or Synced(seconds=1.0))
     monkeypatch.setattr(sampling, "redistribute", lambda completions, *rest: completions)
     args = SimpleNamespace(seed=1, engines_sleep=engines_sleep)
-    run = SimpleNamespace(state=SimpleNamespace(global_step=0), timed=lambda *a, **k: nullcontext())
+    run = SimpleNamespace(state=SimpleNamespace(global_step=0), phases=Phases(), window=MetricsWindow())
 
     class Rewards:
         models: dict[str, Any] = {}
