@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megalign.batch import Batch, Completion
+from megalign.data.balance import Budget, Unit, balanced, imbalance, units_of
 from megalign.data.prefixes import common_beginnings
 from megalign.data.sampler import shard
 
@@ -66,21 +67,47 @@ def unpack(batch: Batch) -> list[dict[str, Any]]:
     ]
 
 
+class Share(NamedTuple):
+    """What a data-parallel rank has of a global batch."""
+
+    microbatches: list[tuple[list[int], Batch]]  # each behind its rows
+    imbalance: float | None  # of all ranks, where rows were dealt out by cost: balance.imbalance
+
+
 def packed_share(
     rows: Sequence[int],
     sequences_of: Callable[[list[int]], Sequence[Mapping[str, Any]]],
     groups: ParallelGroups,
     *,
     micro_batch: int,
-) -> list[tuple[list[int], Batch]]:
-    """This data-parallel rank's packed microbatches of one global batch, each behind its rows.
+    budget: Budget | None = None,
+) -> Share:
+    """This data-parallel rank's packed microbatches of one global batch, each behind its rows: of `micro_batch` rows,
+    or by a budget of tokens.
 
     `sequences_of` gives the sequences of some of the rows, a row's own as neighbours. A rank without rows has one
     dummy microbatch, since every rank has to take part in the step.
     """
-    parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
+    waiting = None
+    if budget is None:
+        parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
+    else:
+        units = _units(rows, sequences_of, budget)
+        dealt = balanced(units, groups.dp.size, budget)
+        waiting = imbalance(units, dealt)
+        parts = [[rows[number] for number in part] for part in dealt[groups.dp.rank]]
     sizes = {"multiple": groups.token_multiple, "sequence_multiple": groups.sequence_multiple}
-    return [(part, replace(pack(sequences_of(part), **sizes), rows=tuple(part))) for part in parts]
+    return Share([(part, replace(pack(sequences_of(part), **sizes), rows=tuple(part))) for part in parts], waiting)
+
+
+def _units(
+    rows: Sequence[int], sequences_of: Callable[[list[int]], Sequence[Mapping[str, Any]]], budget: Budget
+) -> list[Unit]:
+    sequences = [sequences_of([row]) for row in rows]
+    lengths = [[len(sequence["tokens"]) for sequence in own] for own in sequences]
+    tokens = [torch.as_tensor(sequence["tokens"]) for own in sequences for sequence in own]
+    common = iter(common_beginnings(torch.cat(tokens), [len(part) for part in tokens]) if tokens else ())
+    return units_of(lengths, [[next(common) for _ in own] for own in lengths], budget)
 
 
 def _rounded_up(value: int, multiple: int) -> int:

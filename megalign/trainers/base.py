@@ -19,9 +19,10 @@ from megalign import failure, liveness
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.conversion.families import architecture_of
-from megalign.conversion.flops import training_flops
+from megalign.conversion.flops import forward_flops, training_flops
 from megalign.conversion.hf_files import read_config
 from megalign.data import prepared
+from megalign.data.balance import Budget
 from megalign.data.broken import Skipped
 from megalign.data.chat import load_tokenizer
 from megalign.errors import UserError
@@ -277,6 +278,12 @@ class Trainer:
     def counts(self, batches: list[Batch]) -> Counts:
         """The global counts of a step; `batches` are this rank's."""
         return reduce_counts(batches, self.groups, self.named_counts)
+
+    @property
+    def budget(self) -> Budget | None:
+        """How a step's rows are dealt out, where max_tokens_per_microbatch says so."""
+        tokens = self.args.max_tokens_per_microbatch
+        return None if tokens is None else Budget(tokens, lambda length: forward_flops(self.architecture, [length], 0))
 
     def _flops(self, batches: list[Batch]) -> float:
         """Of the policy's update, for each rank of this replica."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from megalign.algos.importance import SAMPLING_COUNTS, rollout_importance_weights, sampling_metrics
 from megalign.batch import Batch, Completion, Counts, Metric
+from megalign.data.balance import Budget
 from megalign.data.collate import completion_sequence, completion_sequences, packed_share, unpack
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import CountFn, gather_rows, reduce_counts, reduce_metrics
 from megalign.rollout.engine import awake
 from megalign.train_engine import TrainEngine
-from megalign.trainers.phases import Phases
 from megalign.trainers.reference import Reference
+from megalign.trainers.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +88,19 @@ class ExperienceMaker:
         groups: ParallelGroups,
         policy: TrainEngine,
         reference: Reference | None,
-        phases: Phases,
+        run: Run,
+        budget: Budget | None,
         *,
         needs_old_logprobs: bool,
         corrects_sampler: bool,
     ) -> None:
         self.args, self.groups = args, groups
-        self.policy, self.reference, self.phases = policy, reference, phases
+        self.policy, self.reference, self.run, self.budget = policy, reference, run, budget
         self.needs_old_logprobs, self.corrects_sampler = needs_old_logprobs, corrects_sampler
 
-    def batches(self, completions: Sequence[Completion], rows: Sequence[int], micro_batch: int) -> list[Batch]:
+    def batches(
+        self, completions: Sequence[Completion], rows: Sequence[int], micro_batch: int, budget: Budget | None = None
+    ) -> list[Batch]:
         """This rank's packed microbatches of the completions at `rows`, with index and temperature."""
 
         def sequences_of(part: list[int]) -> list[dict[str, Any]]:
@@ -106,8 +110,12 @@ class ExperienceMaker:
                 temperature=self.args.temperature,
             )
 
-        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
-        return [replace(batch, rows=_dataset_rows(completions[row] for row in part)) for part, batch in share]
+        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch, budget=budget)
+        if share.imbalance is not None:
+            self.run.window.add({"perf/imbalance": share.imbalance})
+        return [
+            replace(batch, rows=_dataset_rows(completions[row] for row in part)) for part, batch in share.microbatches
+        ]
 
     def dealt_anew(self, parts: Sequence[Minibatch]) -> Minibatch:
         """One step's minibatch on this replica, from those of all the replicas of an earlier layout, in their order."""
@@ -123,8 +131,9 @@ class ExperienceMaker:
             return [sequences[number] for number in some]
 
         micro_batch = self.args.per_device_train_batch_size
-        share = packed_share(range(len(sequences)), sequences_of, self.groups, micro_batch=micro_batch)
-        return replace(parts[0], batches=[batch for _, batch in share])
+        numbers = range(len(sequences))
+        share = packed_share(numbers, sequences_of, self.groups, micro_batch=micro_batch, budget=self.budget)
+        return replace(parts[0], batches=[batch for _, batch in share.microbatches])
 
     def loss_tokens(self, completions: Sequence[Completion]) -> list[int]:
         """How many tokens of each completion count in the loss."""
@@ -138,7 +147,7 @@ class ExperienceMaker:
         loss_tokens = self.loss_tokens(completions)
         return [
             Minibatch(
-                batches=self.batches(completions, rows, micro_batch),
+                batches=self.batches(completions, rows, micro_batch, self.budget),
                 counts=step_counts(loss_tokens, rows, num_updates=num_updates),
             )
             for rows in split_completions(len(completions), num_updates, seed=self.args.seed, step=step)
@@ -148,10 +157,10 @@ class ExperienceMaker:
         """Reference and old logprobs and importance weights where needed, and TRL's sampling/* metrics."""
         metrics: dict[str, float] = {}
         if self.reference is not None:
-            with self.phases("reference"):
+            with self.run.phases("reference"):
                 minibatches = self.with_token_column(minibatches, "ref_logprobs", self.reference.engine, "logprobs")
         if self.needs_old_logprobs:
-            with self.phases("logprob"):
+            with self.run.phases("logprob"):
                 minibatches = self.with_token_column(minibatches, "old_logprobs", self.policy, "logprobs")
         if self.corrects_sampler and self.needs_old_logprobs:
             metrics = self._sampling_metrics(minibatches)

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from megalign.batch import Batch
+from megalign.data.balance import Budget
 from megalign.data.chat import adapt_tokenizer, load_tokenizer
 from megalign.data.collate import packed_share
 from megalign.data.sampler import EpochSampler
@@ -79,7 +80,7 @@ class OfflineTrainer(Trainer):
                 rows = next(sampler)
                 taken = self.sequences([self.train_rows[row] for row in rows])
                 self.run.count_tokens(sum(len(sequence["tokens"]) for sequence in taken))
-                batches = self._batches(self.train_rows, rows, args.per_device_train_batch_size)
+                batches = self._batches(self.train_rows, rows, args.per_device_train_batch_size, self.budget)
             yield self.update(batches)
 
     def evaluation(self, rows: Dataset) -> dict[str, float]:
@@ -87,9 +88,13 @@ class OfflineTrainer(Trainer):
         batches = self._batches(rows, range(len(rows)), self.args.per_device_eval_batch_size)
         return self.policy.eval_step(batches, self.loss, counts=self.counts(batches))
 
-    def _batches(self, dataset: Dataset, rows: Sequence[int], micro_batch: int) -> list[Batch]:
+    def _batches(
+        self, dataset: Dataset, rows: Sequence[int], micro_batch: int, budget: Budget | None = None
+    ) -> list[Batch]:
         def sequences_of(part: list[int]) -> Sequences:
             return self.sequences([dataset[row] for row in part])
 
-        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
-        return self.with_columns([batch for _, batch in share], rows, dataset)
+        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch, budget=budget)
+        if share.imbalance is not None:
+            self.run.window.add({"perf/imbalance": share.imbalance})
+        return self.with_columns([batch for _, batch in share.microbatches], rows, dataset)

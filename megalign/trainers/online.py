@@ -80,7 +80,8 @@ class OnlineTrainer(Trainer):
             self.groups,
             self.policy,
             self.reference,
-            self.run.phases,
+            self.run,
+            self.budget,
             needs_old_logprobs=self.needs_old_logprobs(),
             corrects_sampler=self.corrects_sampler,
         )

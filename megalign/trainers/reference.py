@@ -104,9 +104,9 @@ class Reference:
             return [sequence(dataset[row]) for row in part]
 
         share = packed_share(range(len(dataset)), sequences_of, self._groups, micro_batch=batch_size)
-        batches = self.with_logprobs([batch for _, batch in share])
+        batches = self.with_logprobs([batch for _, batch in share.microbatches])
         mine: dict[int, list[float]] = {}
-        for (part, _), batch in zip(share, batches, strict=True):
+        for (part, _), batch in zip(share.microbatches, batches, strict=True):
             pieces = batch["ref_logprobs"].split(batch.cu_seqlens.diff().tolist())
             for row, piece in zip(part, pieces, strict=False):
                 # Context parallelism pads a sequence at its end.

@@ -56,9 +56,9 @@ class RewardModel:
         micro_batch = self._args.per_device_train_batch_size
         share = packed_share(range(len(texts)), sequences_of, self._groups, micro_batch=micro_batch)
         with awake(self.engine):
-            columns = self.engine.forward([batch for _, batch in share], ("scores",))
+            columns = self.engine.forward([batch for _, batch in share.microbatches], ("scores",))
         mine: dict[int, float] = {}
-        for (part, batch), column in zip(share, columns, strict=True):
+        for (part, batch), column in zip(share.microbatches, columns, strict=True):
             mine.update(zip(part, batch.per_sequence_sum(column["scores"].cpu()).tolist(), strict=True))
         scores = torch.tensor(gather_rows(mine, self._groups.dp))
         if not scores.isfinite().all():

@@ -42,7 +42,7 @@ def _maker(dp_rank: int = 0, dp_size: int = 1, **changes: Any) -> ExperienceMake
     args = SimpleNamespace(per_device_train_batch_size=1, seed=3, mask_truncated_completions=False, temperature=0.5)
     vars(args).update(changes)
     groups = SimpleNamespace(dp=SimpleNamespace(rank=dp_rank, size=dp_size), token_multiple=4, sequence_multiple=1)
-    return ExperienceMaker(args, groups, None, None, needs_old_logprobs=False, corrects_sampler=False)  # type: ignore[arg-type]
+    return ExperienceMaker(args, groups, None, None, None, None, needs_old_logprobs=False, corrects_sampler=False)  # type: ignore[arg-type]
 
 
 def test_counts_are_of_the_step_and_dapos_denominator_of_the_round() -> None:
