@@ -41,10 +41,13 @@ class Saving:
             self._queue.schedule_async_request(request)
 
     def finish(self, *, wait: bool) -> dict[str, str] | None:
-        """Checksums of the files that this rank wrote, by name; None while some rank still writes. Collective."""
+        """Checksums of the files that this rank wrote, by name; None while some rank still writes. Collective.
+
+        May be asked again: of several engines one is done before the other.
+        """
         with megatron_calls():
-            is_done = bool(self._queue.maybe_finalize_async_calls(blocking=wait))
-        return self._checksums.get_nowait() if is_done else None
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+        return None if self._queue.get_num_unfinalized_calls() else self._checksums.get_nowait()
 
 
 def begin_save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> Saving:

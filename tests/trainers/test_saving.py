@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
+from megalign.forked import Result
 from megalign.model import checkpoint
+from megalign.parallel.groups import initialize
+from megalign.trainers.checkpointing import Checkpoints, LoopState
 from megalign.trainers.manifest import whole_checkpoints
 from megalign.trainers.sft import SFTTrainer
 from tests.ranks import run_ranks
@@ -67,6 +74,54 @@ def test_training_goes_on_while_a_checkpoint_is_written(model: str, tmp_path: Pa
         assert whole[5] == ["checkpoint-2"]
         assert last_step == 6
     assert [path.name for path in whole_checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-6"]
+
+
+class _SavedSlowly:
+    """An engine of one file, which a forked process writes when the gate is open."""
+
+    def __init__(self, gate: Path) -> None:
+        self.gate = gate
+
+    def kept_as_it_was(self) -> AbstractContextManager[None]:
+        """Has no weights to wake."""
+        return nullcontext()
+
+    def begin_save(self, path: str, *, special_tokens: Any) -> checkpoint.Saving:
+        """As checkpoint.begin_save's."""
+        checksums = Result()
+
+        def write() -> None:
+            while not self.gate.exists():
+                time.sleep(0.01)
+            Path(path).mkdir()
+            (Path(path) / "__0_0.distcp").write_bytes(b"numbers")
+            checksums.put({"__0_0.distcp": "0" * 32})
+
+        return checkpoint.Saving(AsyncRequest(write, (), []), checksums)
+
+
+def _save_two_engines(output_dir: str) -> list[list[str]]:
+    args = SFTConfig(output_dir=output_dir, bf16=False, async_save=True)
+    checkpoints = Checkpoints(args, initialize(args), print)
+    policy, critic = (_SavedSlowly(Path(output_dir) / f"{name} may go on") for name in ("policy", "critic"))
+    loop = LoopState(trainer=TrainerState(global_step=1), run={}, replica=None)
+    checkpoints.save({"engine": policy, "critic": critic}, loop, {}, special_tokens={}, tokenizer=None)
+    found = []
+    for gate, patience in ((policy.gate, 0.5), (critic.gate, 10.0)):
+        gate.touch()
+        end = time.monotonic() + patience
+        while time.monotonic() < end and not whole_checkpoints(output_dir):
+            time.sleep(0.02)
+            checkpoints.progress()
+        found.append([path.name for path in whole_checkpoints(output_dir)])
+    return found
+
+
+def test_a_checkpoint_of_two_engines_is_whole_when_the_second_is_written(tmp_path: Path) -> None:
+    (whole,) = run_ranks(1, _save_two_engines, str(tmp_path))
+    assert whole == [[], ["checkpoint-1"]]
+    files = json.loads((tmp_path / "checkpoint-1/manifest.json").read_text())["files"]
+    assert {"engine/__0_0.distcp", "critic/__0_0.distcp"} < files.keys()
 
 
 def _train_on_a_full_disk(model: str, fields: dict[str, Any], limit: int) -> str:
