@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
 from megalign.forked import die_with
+from megalign.launch import alone
 from megalign.parallel.control import agree
 from megalign.parallel.groups import ParallelGroups
 
@@ -38,8 +39,6 @@ from megalign.failure import report_uncaught
 report_uncaught()
 megatron_to_hf(Path(sys.argv[1]), Path(sys.argv[2]))
 """
-# The process is a job of its own; what the launcher said of this rank is not for it.
-_OF_THE_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class HfExports:
@@ -108,7 +107,7 @@ class HfExports:
     def _convert(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-c", _CONVERT, str(self._weights), str(self._target)],
-            env={name: value for name, value in os.environ.items() if name not in _OF_THE_JOB},
+            env={**os.environ, **alone()},  # what the launcher, torchrun or Slurm, said is of this rank
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

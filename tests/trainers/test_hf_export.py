@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,13 +29,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model_with_tokenizer(tmp_path_factory.mktemp("model"))
 
 
+def _train_under_srun(model: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """With what srun sets in every task of a step of two, which is not of the process that makes the directory."""
+    rank = os.environ["RANK"]
+    of_the_step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+    with mock.patch.dict(os.environ, {**of_the_step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}):
+        return train_sft(model, ROWS, fields)
+
+
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}], ids=str)
 def test_an_export_is_the_model_of_its_step(layout: dict[str, int], model: str, tmp_path: Path) -> None:
     constant = {"lr_scheduler_type": "constant", **layout}
     short, whole = ({"output_dir": str(tmp_path / name), **constant} for name in ("short", "whole"))
     run_ranks(2, train_sft, model, ROWS, {**short, "max_steps": 2})
     plain = run_ranks(2, train_sft, model, ROWS, {**whole, "max_steps": 5})[0]
-    beside = run_ranks(2, train_sft, model, ROWS, {**whole, "max_steps": 5, "save_hf_steps": 2})[0]
+    beside = run_ranks(2, _train_under_srun, model, {**whole, "max_steps": 5, "save_hf_steps": 2})[0]
     assert beside["digest"] == plain["digest"]
     exports = sorted(path.name for path in (tmp_path / "whole").glob("*hf-*"))
     assert exports == ["hf-2", "hf-4"]
