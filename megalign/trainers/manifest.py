@@ -8,31 +8,43 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megalign.checkpoints.checksums import checksum
 from megalign.errors import UserError
-from megalign.model.checkpoint import checksum
 from megalign.parallel.control import gather_objects
 from megalign.parallel.groups import Axis
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_PATIENCE = 60.0  # seconds for which NFS, if nobody says otherwise, may answer from what it knew of a directory
 _KINDS = {"step": int, "written": float, "settings": dict, "layout": dict, "files": dict}
 
 
 def write_manifest(path: Path, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
-    """Declares the checkpoint whole. Files that are not among the `checksums` are summed up here."""
+    """Declares the checkpoint whole. Files that are not among the ranks' `checksums` are summed up here."""
+    listed = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
     files = {
-        name: {"bytes": file.stat().st_size, "xxh3_128": checksums.get(name) or checksum(file)}
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and (name := str(file.relative_to(path))) != MANIFEST
+        name: {"bytes": _size(path / name), "xxh3_128": checksums.get(name) or checksum(path / name)}
+        for name in sorted(listed | checksums.keys())  # a network file system may list late what another node wrote
     }
     unfinished = path / f"{MANIFEST}.tmp"
     unfinished.write_text(json.dumps({**content, "written": time.time(), "files": files}, indent=1))
     unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{file} is not seen on {socket.gethostname()}, where rank 0 is: all nodes must share output_dir"
+        ) from error
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -62,6 +74,20 @@ def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
     if read_manifest(path) is None:
         raise UserError(f"{path / MANIFEST} is damaged; {other_than(path)}")
     return path
+
+
+def await_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Returns when this rank reads the manifest that rank 0 has read; raises an OSError if it does not get to."""
+    end = time.monotonic() + _PATIENCE
+    while read_manifest(path) != content:
+        if time.monotonic() > end:
+            raise FileNotFoundError(f"{path / MANIFEST} is not on {socket.gethostname()} what rank 0 reads there")
+        time.sleep(0.1)
+
+
+def files_like(path: Path, pattern: str) -> list[Path]:
+    """The checkpoint's files of such names, in order; not as a directory lists them, which may be late."""
+    return [path / name for name in sorted(_manifest_of(path)["files"]) if fnmatch(name, pattern)]
 
 
 def other_than(path: Path) -> str:
