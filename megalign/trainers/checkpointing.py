@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import pickle
-import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from transformers.trainer_callback import TrainerState
 from megalign.checkpoints.checksums import checksum_of
 from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
-from megalign.parallel.control import agree, from_first, gather_objects
+from megalign.parallel.control import agree, any_rank, from_first, gather_objects
 from megalign.parallel.groups import ParallelGroups
 from megalign.trainers import manifest
 from megalign.trainers.generators import rng_state, set_rng_state
@@ -64,12 +63,12 @@ class Resumed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Unfinished:
-    """A checkpoint whose engines are being written."""
+class _Checkpoint:
+    """One that this run writes, has written or was resumed from, as this rank knows it."""
 
     path: Path
     content: Mapping[str, Any]  # of the manifest
-    sums: Mapping[str, str]  # checksums of the loop's files that this rank has written
+    sums: Mapping[str, str]  # checksums of the loop's files that this rank has written, at least
 
 
 class Checkpoints:
@@ -77,7 +76,8 @@ class Checkpoints:
 
     def __init__(self, args: Any, groups: ParallelGroups, say: Callable[[str], None]) -> None:
         self._args, self._groups, self._say = args, groups, say
-        self._pending: tuple[_Unfinished, Mapping[str, Saving]] | None = None  # written while training goes on
+        self._saved: _Checkpoint | None = None  # what this run was resumed from or has written last, whole
+        self._pending: tuple[_Checkpoint, Mapping[str, Saving]] | None = None  # written while training goes on
 
     def save(
         self,
@@ -90,6 +90,7 @@ class Checkpoints:
     ) -> None:
         """Writes output_dir/checkpoint-{step}; with async_save it is whole once `progress` has seen its end.
 
+        Not again where this run has written the same there, or was resumed from it: the weights are of the step.
         The models' config files get the tokenizer's `special_tokens`, and `tokenizer` where it is not their own.
         """
         self.progress(wait=True)
@@ -98,31 +99,34 @@ class Checkpoints:
         content = {"step": step, "settings": dict(settings), "layout": layout_of(self._args, self._groups)}
         files = self._loop_files(loop)
         sums = {name: checksum_of(data) for name, data in files.items()}
-        unfinished = _Unfinished(path=path, content=content, sums=sums)
+        checkpoint = _Checkpoint(path=path, content=content, sums=sums)
+        if not any_rank([not self._is_saved(checkpoint)], world)[0]:
+            return
+        self._saved = None
         with self._writing(path):
             agree(lambda: self._begin(path), world)
             agree(lambda: _write(path, files), world)
             if self._args.async_save:
                 savings = {name: _begun(engine, path / name, special_tokens) for name, engine in engines.items()}
                 agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
-                self._pending = unfinished, savings
+                self._pending = checkpoint, savings
             else:
                 written = {name: _saved(engine, path / name, special_tokens) for name, engine in engines.items()}
                 agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
-                self._declare_whole(unfinished, written)
+                self._declare_whole(checkpoint, written)
 
     def progress(self, *, wait: bool = False) -> None:
         """Declares the pending checkpoint whole if all of its files are written; `wait`s for them."""
         if self._pending is None:
             return
-        (unfinished, savings), written = self._pending, {}
-        with self._writing(unfinished.path):
+        (checkpoint, savings), written = self._pending, {}
+        with self._writing(checkpoint.path):
             for name, saving in savings.items():
                 written[name] = saving.finish(wait=wait)
                 if written[name] is None:
                     return
             self._pending = None
-            self._declare_whole(unfinished, written)
+            self._declare_whole(checkpoint, written)
 
     def find(self, resume: str | bool | None) -> Path | None:
         """What resume_from_checkpoint means; None, which is said, where there is nothing to resume from.
@@ -158,14 +162,24 @@ class Checkpoints:
         with _reading(path / STATE, ValueError, TypeError):  # no JSON, or other fields
             trainer = TrainerState.load_from_json(str(path / STATE))
         self._say(f"resumed from {path}{self._change_of_layout(path)}")
+        content = manifest.manifest_of(path)
+        sums = {name: then["xxh3_128"] for name, then in content["files"].items()}
+        self._saved = _Checkpoint(path=path, content=content, sums=sums)
         run = _load(path / _LOOP / "run.pt")
         return Resumed(trainer=trainer, run=run, replicas=[_load(file) for file in replicas])
+
+    def _is_saved(self, wanted: _Checkpoint) -> bool:
+        saved = self._saved
+        return (
+            saved is not None
+            and (saved.path, saved.content["layout"]) == (wanted.path, wanted.content["layout"])
+            and wanted.sums.items() <= saved.sums.items()
+        )
 
     def _begin(self, path: Path) -> None:
         """On rank 0 alone, so that no other makes a directory in one that is being removed."""
         if self._groups.world.rank == 0:
-            if path.exists():  # left by a run that was killed, or by one that is being repeated
-                shutil.rmtree(path)
+            manifest.make_room(path)
             (path / _LOOP).mkdir(parents=True)
 
     def _loop_files(self, loop: LoopState) -> dict[str, bytes]:
@@ -185,22 +199,23 @@ class Checkpoints:
             for name in names:
                 tokenizer.save_pretrained(path / name / HUGGING_FACE)
 
-    def _declare_whole(self, unfinished: _Unfinished, written: Mapping[str, Mapping[str, str]]) -> None:
+    def _declare_whole(self, checkpoint: _Checkpoint, written: Mapping[str, Mapping[str, str]]) -> None:
         """The manifest, from the checksums of the files that each rank wrote, `written` for engines; then rotation."""
         world = self._groups.world
         mine = {f"{name}/{file}": value for name, files in written.items() for file, value in files.items()}
-        mine |= unfinished.sums
+        mine |= checkpoint.sums
         checksums = {name: value for part in gather_objects(mine, world) for name, value in part.items()}
 
         def declare() -> None:
             if world.rank == 0:
-                manifest.write_manifest(unfinished.path, unfinished.content, checksums)
-                manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, unfinished.path)
+                manifest.write_manifest(checkpoint.path, checkpoint.content, checksums)
+                manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, checkpoint.path)
 
         agree(declare, world)
+        self._saved = checkpoint
 
     def _change_of_layout(self, path: Path) -> str:
-        now, then = layout_of(self._args, self._groups), (manifest.read_manifest(path) or {}).get("layout", {})
+        now, then = layout_of(self._args, self._groups), manifest.manifest_of(path)["layout"]
         changed = [f"{name} {before} -> {value}" for name, value, before in manifest.differences(now, then)]
         return f" of another layout ({', '.join(changed)}): the same training within rounding" if changed else ""
 

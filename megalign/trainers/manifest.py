@@ -22,6 +22,7 @@ from megalign.parallel.groups import Axis
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+_ASIDE = ".old"  # suffix of a whole checkpoint that is being replaced
 _PATIENCE = 60.0  # seconds for which NFS, if nobody says otherwise, may answer from what it knew of a directory
 _KINDS = {"step": int, "written": float, "settings": dict, "layout": dict, "files": dict}
 
@@ -87,7 +88,7 @@ def await_manifest(path: Path, content: Mapping[str, Any]) -> None:
 
 def files_like(path: Path, pattern: str) -> list[Path]:
     """The checkpoint's files of such names, in order; not as a directory lists them, which may be late."""
-    return [path / name for name in sorted(_manifest_of(path)["files"]) if fnmatch(name, pattern)]
+    return [path / name for name in sorted(manifest_of(path)["files"]) if fnmatch(name, pattern)]
 
 
 def other_than(path: Path) -> str:
@@ -98,9 +99,16 @@ def other_than(path: Path) -> str:
     return f"resume_from_checkpoint={others[-1]} is the newest whole one beside it"
 
 
+def manifest_of(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself."""
+    manifest = read_manifest(path)
+    assert manifest is not None, "find_checkpoint gives no other"
+    return manifest
+
+
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raises unless the checkpoint was made with these settings (JSON's types)."""
-    then = _manifest_of(path)["settings"]
+    then = manifest_of(path)["settings"]
     for name, value, before in differences(json.loads(json.dumps(dict(settings))), then):
         raise UserError(
             f"{name} is {value} but {path} was made with {before}; resuming needs the same models, data and rows of "
@@ -110,7 +118,7 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def check_files(path: Path, world: Axis) -> None:
     """Raises on every rank unless every file is what the manifest says; each rank reads its share. Collective."""
-    files = list(_manifest_of(path)["files"].items())
+    files = list(manifest_of(path)["files"].items())
     fault = next(filter(None, (_fault(path / name, then) for name, then in files[world.rank :: world.size])), None)
     for told in filter(None, gather_objects(fault, world)):
         raise UserError(f"{told}; {other_than(path)}")
@@ -139,13 +147,32 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tup
 
 
 def rotate_checkpoints(output_dir: str, limit: int | None, newest: Path) -> None:
-    """Deletes the oldest checkpoints beyond `save_total_limit`, never the one just written."""
-    if not limit:
-        return
+    """Deletes what was put aside for a whole checkpoint, and the oldest ones beyond `save_total_limit`.
+
+    Never the one just written.
+    """
+    for path in checkpoints(output_dir):
+        if path.suffix and read_manifest(path.with_suffix("")) is not None:
+            _remove(path)
     others = [path for path in checkpoints(output_dir) if path.name != newest.name]
-    for path in others[: max(0, len(others) + 1 - limit)]:
-        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
+    for path in others[: max(0, len(others) + 1 - limit)] if limit else []:
+        _remove(path)
+
+
+def make_room(path: Path) -> None:
+    """Nothing is left at `path`, where a checkpoint is to be written; a whole one is put aside until that is whole."""
+    if read_manifest(path) is not None:
+        aside = path.with_suffix(_ASIDE)
+        if aside.exists():
+            _remove(aside)
+        path.rename(aside)
+    elif path.exists():  # left by a run that was killed
         shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
+    shutil.rmtree(path)
 
 
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -156,13 +183,15 @@ def whole_checkpoints(output_dir: str | Path) -> list[Path]:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """All checkpoint-N directories in the order in which they were written; those that are not whole come first.
 
+    With them checkpoint-N.old, put aside by a run that was killed before its own checkpoint-N was whole.
+
     Not by step: an earlier, longer run in the same directory would be taken for the newest, and this run's own
     checkpoints be rotated away.
     """
     found = [
         (_written(path), int(match[1]), path)
         for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        if (match := re.fullmatch(rf"checkpoint-(\d+)({re.escape(_ASIDE)})?", path.name)) and path.is_dir()
     ]
     return [path for *_, path in sorted(found)]
 
@@ -170,9 +199,3 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 def _written(path: Path) -> float:
     manifest = read_manifest(path)
     return 0.0 if manifest is None else float(manifest["written"])
-
-
-def _manifest_of(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    assert manifest is not None, "find_checkpoint gives no other"
-    return manifest
