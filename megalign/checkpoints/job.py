@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from megalign import launch
+from megalign import durable, launch
 from megalign.errors import UserError
 
 
@@ -58,7 +58,8 @@ class Job:
             yield partial
             self.barrier()
             if self.rank == 0:
-                partial.rename(path)
+                durable.sync_tree(partial)
+                durable.rename(partial, path)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"cannot write {path} ({error}); make room or choose another directory") from error

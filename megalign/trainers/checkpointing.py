@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
+from megalign import durable
 from megalign.checkpoints.checksums import checksum_of
 from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
@@ -252,7 +253,7 @@ def _dumped(value: Any) -> bytes:
 
 def _write(path: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
-        (path / name).write_bytes(data)
+        durable.write(path / name, data)
 
 
 def _saved(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megalign import durable
 from megalign.checkpoints.checksums import checksum
 from megalign.errors import UserError
 from megalign.parallel.control import gather_objects
@@ -28,15 +29,20 @@ _KINDS = {"step": int, "written": float, "settings": dict, "layout": dict, "file
 
 
 def write_manifest(path: Path, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
-    """Declares the checkpoint whole. Files that are not among the ranks' `checksums` are summed up here."""
+    """Declares the checkpoint whole, once all of it is on the disk.
+
+    Files that are not among the ranks' `checksums`, who have put those there, are summed up here.
+    """
     listed = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
     files = {
         name: {"bytes": _size(path / name), "xxh3_128": checksums.get(name) or checksum(path / name)}
         for name in sorted(listed | checksums.keys())  # a network file system may list late what another node wrote
     }
+    durable.sync_tree(path, but={path / name for name in checksums})
     unfinished = path / f"{MANIFEST}.tmp"
-    unfinished.write_text(json.dumps({**content, "written": time.time(), "files": files}, indent=1))
-    unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
+    durable.write(unfinished, json.dumps({**content, "written": time.time(), "files": files}, indent=1).encode())
+    durable.rename(unfinished, path / MANIFEST)  # half a manifest never counts as one
+    durable.sync(path.parent)
 
 
 def _size(file: Path) -> int:
