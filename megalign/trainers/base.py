@@ -219,11 +219,14 @@ class Trainer:
             if self.run.control.should_training_stop:
                 break
         output = self._finish(started, first_step)
-        self.keeper.progress(wait=True)
         if self.run.stopping.cause is not None:
+            self.keeper.end_export()  # leaves the disk to the checkpoint
+            self.keeper.end_checkpoint()
             self.run.tell_stop()
             return output
+        self.keeper.end_checkpoint()
         self.save_model()
+        self.keeper.end_export()
         self._remove_prepared_files()
         return output
 
@@ -309,7 +312,8 @@ class Trainer:
             return
         if self.run.stopping.cause is None:  # else the state is saved already
             self.keeper.save()
-        self.keeper.progress(wait=True)
+        self.keeper.end_checkpoint()
+        self.keeper.end_export()
         raise self.run.skips.error(f"checkpoint-{self.state.global_step}")
 
     def _act(self, *, listening: bool = False) -> None:
@@ -321,9 +325,8 @@ class Trainer:
         if self.run.log_training():
             self.after_log()
         self.run.agree()
-        if self.run.stopping.cause is not None:  # an evaluation may outlast the patience of whoever asked
-            self._save_if_due()
-        if self.run.control.should_evaluate:
+        # An evaluation may outlast the patience of whoever asked for a stop.
+        if self.run.control.should_evaluate and self.run.stopping.cause is None:
             self.evaluate()
         self.run.agree()
         self._save_if_due()
