@@ -41,6 +41,14 @@ class Job:
             before += size
         return mine
 
+    def first_told(self, mine: str | None) -> str | None:
+        """What the first rank has to say that has something to say; a collective."""
+        everyone = [mine]
+        if self.size > 1:
+            everyone = [None] * self.size
+            dist.all_gather_object(everyone, mine)
+        return next(filter(None, everyone), None)
+
     @contextmanager
     def output(self, path: Path) -> Iterator[Path]:
         """A directory beside `path` to write in, which becomes `path` when every rank has written; a collective.

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from megalign import failure, liveness
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
+from megalign.checkpoints.find import ENGINE
 from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.data import prepared
@@ -123,7 +124,7 @@ class Trainer:
 
     def engines(self) -> dict[str, TrainEngine]:
         """What a checkpoint keeps whole: every engine whose weights change, by the name of its directory."""
-        return {"engine": self.policy}
+        return {ENGINE: self.policy}
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share beside layout, rows and architectures, in JSON's types."""

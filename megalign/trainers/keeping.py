@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megalign.checkpoints.find import ENGINE
 from megalign.data import prepared
 from megalign.trainers.checkpointing import Checkpoints, LoopState
 from megalign.trainers.hf_export import HfExports
@@ -33,7 +34,7 @@ class Keeper:
         self._checkpoints.save(trainer.engines(), loop, self._settings(), **self._words())
 
     def export_if_due(self) -> None:
-        """Begins output_dir/hf-{step} at every save_hf_steps-th step, unless a stop comes while the last one is made."""
+        """Begins output_dir/hf-{step} at every save_hf_steps-th step, unless a stop comes while another is made."""
         step, every = self._trainer.state.global_step, self._trainer.args.save_hf_steps
         if every is not None and step % every == 0 and self._exports.wait():
             self._exports.begin(step, self._trainer.policy, **self._words())
@@ -77,7 +78,7 @@ class Keeper:
             **{name: getattr(trainer.args, name) for name in (*MODEL_FIELDS, *trainer.data_fields)},
             ROWS_OF_A_STEP: trainer.rows_per_step,
             **{
-                "model" if name == "engine" else name: engine.architecture.in_json()
+                "model" if name == ENGINE else name: engine.architecture.in_json()
                 for name, engine in trainer.engines().items()
             },
             "train_dataset": self._described_rows,

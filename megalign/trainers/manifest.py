@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from megalign import durable
-from megalign.checkpoints.checksums import checksum
+from megalign.checkpoints.checksums import MANIFEST, checksum, first_fault, read_manifest
 from megalign.errors import UserError
 from megalign.parallel.control import gather_objects
 from megalign.parallel.groups import Axis
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
 _ASIDE = ".old"  # suffix of a whole checkpoint that is being replaced
 _PATIENCE = 60.0  # seconds for which NFS, if nobody says otherwise, may answer from what it knew of a directory
-_KINDS = {"step": int, "written": float, "settings": dict, "layout": dict, "files": dict}
 
 
 def write_manifest(path: Path, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
@@ -52,16 +50,6 @@ def _size(file: Path) -> int:
         raise FileNotFoundError(
             f"{file} is not seen on {socket.gethostname()}, where rank 0 is: all nodes must share output_dir"
         ) from error
-
-
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What the checkpoint says of itself; None where it is not whole, or the manifest itself is damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    is_whole = isinstance(manifest, dict) and all(isinstance(manifest.get(name), kind) for name, kind in _KINDS.items())
-    return manifest if is_whole else None
 
 
 def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
@@ -124,22 +112,10 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def check_files(path: Path, world: Axis) -> None:
     """Raises on every rank unless every file is what the manifest says; each rank reads its share. Collective."""
-    files = list(manifest_of(path)["files"].items())
-    fault = next(filter(None, (_fault(path / name, then) for name, then in files[world.rank :: world.size])), None)
+    files = [(path / name, then) for name, then in manifest_of(path)["files"].items()]
+    fault = first_fault(files[world.rank :: world.size])
     for told in filter(None, gather_objects(fault, world)):
         raise UserError(f"{told}; {other_than(path)}")
-
-
-def _fault(file: Path, then: Mapping[str, Any]) -> str | None:
-    try:
-        size = file.stat().st_size if file.exists() else "no"
-        if size != then["bytes"]:
-            return f"{file} has {size} bytes where its manifest says {then['bytes']}"
-        if checksum(file) != then["xxh3_128"]:
-            return f"{file} is damaged: its checksum is not the one in its manifest"
-    except OSError as error:
-        return f"{file} cannot be read ({error})"
-    return None
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
