@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from megalign.checkpoints.checksums import checksum_of
 from megalign.config import SFTConfig
 from megalign.errors import UserError
 from megalign.forked import Result
@@ -97,7 +98,7 @@ class _SavedSlowly:
                 time.sleep(0.01)
             Path(path).mkdir()
             (Path(path) / "__0_0.distcp").write_bytes(b"numbers")
-            checksums.put({"__0_0.distcp": "0" * 32})
+            checksums.put({"__0_0.distcp": checksum_of(b"numbers")})
 
         return checkpoint.Saving(AsyncRequest(write, (), []), checksums)
 
