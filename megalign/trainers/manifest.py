@@ -38,7 +38,8 @@ def write_manifest(path: Path, content: Mapping[str, Any], checksums: Mapping[st
     }
     durable.sync_tree(path, but={path / name for name in checksums})
     unfinished = path / f"{MANIFEST}.tmp"
-    durable.write(unfinished, json.dumps({**content, "written": time.time(), "files": files}, indent=1).encode())
+    whole = {**content, "written": _now(path.parent), "files": files}
+    durable.write(unfinished, json.dumps(whole, indent=1).encode())
     durable.rename(unfinished, path / MANIFEST)  # half a manifest never counts as one
     durable.sync(path.parent)
 
@@ -176,6 +177,11 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
         if (match := re.fullmatch(rf"checkpoint-(\d+)({re.escape(_ASIDE)})?", path.name)) and path.is_dir()
     ]
     return [path for *_, path in sorted(found)]
+
+
+def _now(output_dir: Path) -> float:
+    """Later than all that was written there, by another host perhaps, whose clock was ahead."""
+    return max([time.time(), *(_written(path) + 0.001 for path in checkpoints(output_dir))])
 
 
 def _written(path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,19 @@ def write_checkpoint(output_dir: Path, step: int) -> Path:
     (path / "loop/run.pt").write_text(f"{path}")
     manifest.write_manifest(path, {"step": step, "settings": {}, "layout": {}}, {})
     return path
+
+
+def test_a_checkpoint_is_the_newest_though_its_hosts_clock_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [write_checkpoint(tmp_path, 8)]  # of an earlier, longer run
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # of 2001
+    kept += [write_checkpoint(tmp_path, step) for step in (2, 4, 6)]
+    assert manifest.whole_checkpoints(tmp_path) == kept
+    assert manifest.find_checkpoint(str(tmp_path), "latest") == kept[-1]
+    assert str(kept[2]) in manifest.other_than(kept[-1])
+    manifest.rotate_checkpoints(str(tmp_path), 2, kept[-1])
+    assert manifest.whole_checkpoints(tmp_path) == kept[2:]
 
 
 # ---- nodes that do not see the same
