@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -78,15 +79,13 @@ class HfExports:
         """Goes on with what is ready to go on; a failure is every rank's."""
         if self._step is not None:
             with self._failing():
-                if self._is_saved(wait=False):
-                    self._is_made(0.0)
+                self._is_made(0.0)
 
     def wait(self) -> bool:
         """Brings the export to its end, unless a stop is asked for meanwhile; whether it came there."""
         if self._step is None:
             return True
         with self._failing():
-            self._is_saved(wait=True)
             # Two places in turn: the watch takes a thread that it always finds in one for one that hangs.
             while not (self._is_over() or self._is_over()):
                 pass
@@ -109,20 +108,17 @@ class HfExports:
         self._step = self._saving = self._converting = self._told = None
         return None if target.is_dir() else target
 
-    def _is_saved(self, *, wait: bool) -> bool:
-        """Whether the weights are on the disk, and the process that reads them runs."""
-        if self._saving is not None:
-            if self._saving.finish(wait=wait) is None:
-                return False
-            self._saving = None
-            agree(self._convert, self._world)
-        return True
-
     def _is_over(self) -> bool:
         return self._is_made(_LOOK) or any_rank([self._is_stop_asked()], self._world)[0]
 
     def _is_made(self, seconds: float) -> bool:
-        """Whether the directory is there, as rank 0 sees within some seconds."""
+        """Whether the directory is there, or comes within some seconds; begins it when the weights are on the disk."""
+        if self._saving is not None:
+            if self._saving.finish(wait=False) is None:
+                time.sleep(min(seconds, 0.1))
+                return False
+            self._saving = None
+            agree(self._convert, self._world)
         if from_first(partial(self._look, seconds), self._world):
             self._step = None
         return self._step is None
