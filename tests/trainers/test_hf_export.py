@@ -115,12 +115,17 @@ def test_a_stop_waits_for_no_export_and_no_evaluation(model: str, tmp_path: Path
 
 
 def test_waiting_for_an_export_is_not_standing_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf_export, "_CONVERT", "import time; time.sleep(1.5)")
-    monkeypatch.setattr(hf_export, "_LOOK", 0.2)
-    alone = SimpleNamespace(world=SimpleNamespace(rank=0, size=1))
-    exports = hf_export.HfExports(SimpleNamespace(output_dir=str(tmp_path)), alone, lambda: False)  # type: ignore[arg-type]
+    looks = iter(range(8))
+
+    def from_first(look: Any, world: Any) -> bool:  # on a rank to which rank 0 tells in the end that it is made
+        time.sleep(0.2)
+        return next(looks, None) is None
+
+    monkeypatch.setattr(hf_export, "from_first", from_first)
+    monkeypatch.setattr(hf_export, "any_rank", lambda flags, world: flags)
+    second = SimpleNamespace(world=SimpleNamespace(rank=1, size=2))
+    exports = hf_export.HfExports(SimpleNamespace(output_dir=str(tmp_path)), second, lambda: False)  # type: ignore[arg-type]
     exports._step = 2
-    exports._convert()
     pace, places, over = Pace(0.8), [], threading.Event()
 
     def watch() -> None:
