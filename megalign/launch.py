@@ -20,7 +20,7 @@ from megalign.errors import UserError
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
     """Fills in RANK and its companions where nobody has; returns the world size."""
     if "RANK" not in environ:
-        environ.update(_slurm(environ) if _in_slurm_step(environ) else _alone())
+        environ.update(_slurm(environ) if _in_slurm_step(environ) else alone())
     elif "LOCAL_RANK" not in environ:
         # Whoever sets RANK alone is on one node; megalign.device says so where that cannot be.
         environ["LOCAL_RANK"] = environ["SLURM_LOCALID"] if _in_slurm_step(environ) else environ["RANK"]
@@ -35,7 +35,8 @@ def _in_slurm_step(environ: MutableMapping[str, str]) -> bool:
     return all(f"SLURM_{name}" in environ for name in ("PROCID", "LOCALID", "STEP_ID", "STEP_NUM_TASKS"))
 
 
-def _alone() -> dict[str, str]:
+def alone() -> dict[str, str]:
+    """The variables of a job of one rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +55,7 @@ def _slurm(environ: MutableMapping[str, str]) -> dict[str, str]:
     stay."""
     world = environ["SLURM_STEP_NUM_TASKS"]
     if world == "1":
-        return _alone()
+        return alone()
     found = {
         "RANK": environ["SLURM_PROCID"],
         "LOCAL_RANK": environ["SLURM_LOCALID"],

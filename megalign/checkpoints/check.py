@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megalign.checkpoints.convert import check_files
 from megalign.checkpoints.find import engine_directory
+from megalign.checkpoints.job import Job
 from megalign.checkpoints.to_hf import HfTensors
 from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_checks import check_directory
@@ -31,7 +33,9 @@ def differences(hf: Path, checkpoint: Path) -> Iterator[Difference]:
     reader = HfReader(hf)
     architecture = architecture_of(reader.config)
     check_directory(reader, architecture)
-    tensors = HfTensors(engine_directory(checkpoint), architecture)
+    directory = engine_directory(checkpoint)
+    check_files(directory, Job())
+    tensors = HfTensors(directory, architecture)
     for name, shape in tensors.shapes().items():
         whole = tuple(slice(0, size) for size in shape)
         yield _compare(name, reader.read(name, whole), tensors.read(name))

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megalign.checkpoints.find import HUGGING_FACE, engine_directory, reference_of
+from megalign.checkpoints.checksums import first_fault
+from megalign.checkpoints.find import HUGGING_FACE, engine_directory, noted_files, reference_of
 from megalign.checkpoints.hf_stream import Entry, split_into_shards, write_shard
 from megalign.checkpoints.job import Job, Meter, refuse_existing
 from megalign.checkpoints.stored import extra_states, layers_are_numbered
@@ -23,6 +24,7 @@ from megalign.conversion.hf_checks import check_directory
 from megalign.conversion.hf_config import write_companions
 from megalign.conversion.hf_files import HfReader, read_config
 from megalign.conversion.hf_writer import HfDirectory, parse_size
+from megalign.errors import UserError
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -72,6 +74,7 @@ def megatron_to_hf(
     job, max_bytes = Job(), parse_size(max_shard_size)
     refuse_existing(output)
     directory = engine_directory(checkpoint)
+    check_files(directory, job)
     source = reference_of(directory, reference)
     config = read_config(source)
     architecture = architecture_of(config)
@@ -87,6 +90,21 @@ def megatron_to_hf(
         target.finish(names, sum(entry.nbytes for entry in entries), kind)
     job.barrier()
     return tensors.index.pad_rows
+
+
+def check_files(directory: Path, job: Job) -> None:
+    """Raises unless each file is what its trainer noted of it, if one did; each rank reads a share. A collective."""
+    files = noted_files(directory)
+    if not files:
+        return
+    mine = [files[number] for number in job.share([then["bytes"] for _, then in files])]
+    fault = None
+    with Meter(job, f"checksums of {directory}", sum(then["bytes"] for _, then in mine)) as meter:
+        for file, then in mine:
+            fault = fault or first_fault([(file, then)])
+            meter.written(then["bytes"])
+    if (told := job.first_told(fault)) is not None:
+        raise UserError(f"{told}; use another checkpoint")
 
 
 def _begin(job: Job, output: Path, source: Path, changes: dict[str, Any]) -> HfDirectory:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from megalign.checkpoints.checksums import MANIFEST, read_manifest
 from megalign.checkpoints.reader import CONFIG_FILE
+from megalign.conversion.hf_files import read_json
 from megalign.errors import UserError
 from megalign.unpickle import METADATA_FILE
 
 HUGGING_FACE = "hugging_face"
 """In a checkpoint: config.json, generation config and tokenizer of the model."""
-_ENGINE = "engine"  # the policy's in a trainer's checkpoint-N
-_MANIFEST = "manifest.json"
+ENGINE = "engine"
+"""The policy's directory in a trainer's checkpoint-N."""
 _TRACKER = "latest_checkpointed_iteration.txt"  # Megatron-LM's
 
 
@@ -23,17 +24,17 @@ def engine_directory(path: Path) -> Path:
         raise UserError(f"checkpoint directory {str(path)!r} does not exist; give a torch_dist directory")
     if (path / METADATA_FILE).exists():
         return _whole(path)
-    if (path / _ENGINE / METADATA_FILE).exists():
-        if not (path / _MANIFEST).exists():
-            raise UserError(f"{path} has no {_MANIFEST}, so it was not written to its end; use another checkpoint")
-        return _whole(path / _ENGINE)
+    if (path / ENGINE / METADATA_FILE).exists():
+        if not (path / MANIFEST).exists():
+            raise UserError(f"{path} has no {MANIFEST}, so it was not written to its end; use another checkpoint")
+        return _whole(path / ENGINE)
     if (path / _TRACKER).exists():
-        iteration = (path / _TRACKER).read_text().strip()
-        inner = path / (f"iter_{int(iteration):07d}" if iteration.isdigit() else "release")
+        iteration = (path / _TRACKER).read_text(errors="replace").strip()
+        inner = path / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release")
         if (inner / METADATA_FILE).exists():
             return _whole(inner)
     raise UserError(
-        f"{path} holds no torch_dist checkpoint: neither {METADATA_FILE} nor {_ENGINE}/{METADATA_FILE} nor "
+        f"{path} holds no torch_dist checkpoint: neither {METADATA_FILE} nor {ENGINE}/{METADATA_FILE} nor "
         f"Megatron-LM's {_TRACKER}; give the directory with {METADATA_FILE} in it"
     )
 
@@ -53,15 +54,23 @@ def reference_of(directory: Path, given: Path | None) -> Path:
 
 def manifest_of(directory: Path) -> dict[str, Any]:
     """What a trainer noted of the checkpoint that the engine's directory is in; {} elsewhere."""
-    file = directory.parent / _MANIFEST
-    return json.loads(file.read_text()) if file.exists() else {}
+    file, found = directory.parent / MANIFEST, read_manifest(directory.parent)
+    if found is None and file.exists():
+        raise UserError(f"{file} is damaged, or no trainer's; use another checkpoint, or move {directory} elsewhere")
+    return found or {}
+
+
+def noted_files(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The directory's files with what the trainer noted of each; none where no trainer did."""
+    files = manifest_of(directory).get("files", {}).items()
+    return [(directory.parent / name, then) for name, then in files if name.startswith(f"{directory.name}/")]
 
 
 def _whole(directory: Path) -> Path:
     config = directory / CONFIG_FILE
     if not config.exists():
         raise UserError(f"{directory} has no {CONFIG_FILE}, so it was not written to its end; use another checkpoint")
-    backend = json.loads(config.read_text()).get("sharded_backend")
+    backend = read_json(config).get("sharded_backend")
     if backend != "torch_dist":
         raise UserError(f"{directory} is in the format {backend!r}, and only 'torch_dist' is read; save it as that")
     return directory

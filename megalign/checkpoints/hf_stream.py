@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,8 @@ def write_shard(
                 stream.write(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
             assert stream.tell() - start == entry.nbytes, entry.name
             written(entry.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _header(entries: Sequence[Entry]) -> bytes:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from megalign import launch
+from megalign import durable, launch
 from megalign.errors import UserError
 
 
@@ -41,6 +41,14 @@ class Job:
             before += size
         return mine
 
+    def first_told(self, mine: str | None) -> str | None:
+        """What the first rank has to say that has something to say; a collective."""
+        everyone = [mine]
+        if self.size > 1:
+            everyone = [None] * self.size
+            dist.all_gather_object(everyone, mine)
+        return next(filter(None, everyone), None)
+
     @contextmanager
     def output(self, path: Path) -> Iterator[Path]:
         """A directory beside `path` to write in, which becomes `path` when every rank has written; a collective.
@@ -58,7 +66,8 @@ class Job:
             yield partial
             self.barrier()
             if self.rank == 0:
-                partial.rename(path)
+                durable.sync_tree(partial)
+                durable.rename(partial, path)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"cannot write {path} ({error}); make room or choose another directory") from error

@@ -171,6 +171,8 @@ class _Writer(StorageWriter):
             with open(self._path / file, "w+b") as stream:
                 while items and stream.tell() < _MAX_FILE_BYTES:
                     results.append(_write(items.pop(0), planner, stream, file))
+                stream.flush()
+                os.fsync(stream.fileno())
             number += 1
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megalign import durable
 from megalign.conversion.hf_config import COMPANION_FILES, write_companions, write_json
 from megalign.conversion.hf_files import INDEX_FILE, SINGLE_FILE
 from megalign.errors import UserError
@@ -58,6 +59,7 @@ class HfDirectory:
         with self.told():
             write_companions(self.source, self._partial, dtype=dtype, **self._config)
             self._name_shards(shards, total_bytes)
+            durable.sync_tree(self._partial)
             self._move()
 
     def discard(self) -> None:
@@ -79,7 +81,7 @@ class HfDirectory:
 
     def _move(self) -> None:
         if not self.path.exists():
-            self._partial.rename(self.path)
+            durable.rename(self._partial, self.path)
             return
         # An older export's index would name the new shards: without it the directory is broken loudly
         # until the new one, which goes last, is in place.
@@ -92,6 +94,7 @@ class HfDirectory:
                 (self.path / name).unlink(missing_ok=True)
         for file in sorted(self._partial.iterdir(), key=lambda file: file.name == INDEX_FILE):
             file.replace(self.path / file.name)
+        durable.sync(self.path)
         self._partial.rmdir()
 
     @contextmanager
@@ -147,7 +150,9 @@ class HfWriter(HfDirectory):
 
     def _write_shard(self) -> None:
         with self.told():
-            save_file(self._pending, self.shard_file(len(self._shards)), metadata={"format": "pt"})
+            file = self.shard_file(len(self._shards))
+            save_file(self._pending, file, metadata={"format": "pt"})
+            durable.sync(file)  # not all of them at the end, while other ranks wait
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import xxhash
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
@@ -20,6 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megalign.checkpoints.checksums import checksum
 from megalign.checkpoints.reader import COMMON_FILE
 from megalign.forked import Result, die_with
 from megalign.model.optimizer import adam_states
@@ -27,7 +27,6 @@ from megalign.patches.megatron import megatron_calls
 from megalign.patches.unpickling import refusal_in
 from megalign.unpickle import METADATA_FILE, load_data, refuse_classes_in_metadata
 
-_BLOCK = 1 << 24  # bytes
 _NICENESS = 10  # of a process that writes while training goes on
 _EXTRA_STATE = "_extra_state"
 
@@ -41,10 +40,13 @@ class Saving:
             self._queue.schedule_async_request(request)
 
     def finish(self, *, wait: bool) -> dict[str, str] | None:
-        """Checksums of the files that this rank wrote, by name; None while some rank still writes. Collective."""
+        """Checksums of the files that this rank wrote, by name; None while some rank still writes. Collective.
+
+        May be asked again: of several engines one is done before the other.
+        """
         with megatron_calls():
-            is_done = bool(self._queue.maybe_finalize_async_calls(blocking=wait))
-        return self._checksums.get_nowait() if is_done else None
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+        return None if self._queue.get_num_unfinalized_calls() else self._checksums.get_nowait()
 
 
 def begin_save(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> Saving:
@@ -77,15 +79,6 @@ def load(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None
             assert not lost and not unexpected, f"missing {lost[:5]}, unexpected {unexpected[:5]}"
         if optimizer is not None:
             optimizer.load_state_dict(state["optimizer"])
-
-
-def checksum(file: Path) -> str:
-    """xxh3 of 128 bits, at the speed of the page cache: against bits that flip, not against forgery."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _request(path: str, chunks: list[nn.Module], optimizer: MegatronOptimizer | None) -> tuple[AsyncRequest, Result]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megalign.errors import UserError
 from megalign.parallel.groups import Axis
 
 T = TypeVar("T")
@@ -36,13 +37,30 @@ def gather_objects(mine: T, axis: Axis) -> list[T]:
     return everyone
 
 
-def agree(act: Callable[[], None], axis: Axis) -> None:
+def agree(act: Callable[[], T], axis: Axis) -> T:
     """Does what may fail on this rank alone, a write for example; the OSError of any rank is raised on all of them."""
-    mine = None
+    found, mine = None, None
     try:
-        act()
+        found = act()
     except OSError as error:
         mine = error
     for error in gather_objects(mine, axis):
         if error is not None:
             raise error
+    return found
+
+
+def from_first(find: Callable[[], T], axis: Axis) -> T:
+    """What the first rank finds, on every rank; its UserError or OSError is raised on all of them."""
+    told: list[Any] = [None, None]
+    if axis.rank == 0:
+        try:
+            told[0] = find()
+        except (OSError, UserError) as error:
+            told[1] = error
+    if axis.size > 1:
+        dist.broadcast_object_list(told, src=axis.ranks[0], group=axis.group)
+    found, error = told
+    if error is not None:
+        raise error
+    return found

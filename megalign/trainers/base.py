@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from megalign import failure, liveness
 from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
+from megalign.checkpoints.find import ENGINE
 from megalign.conversion.families import architecture_of
 from megalign.conversion.flops import forward_flops, training_flops
 from megalign.conversion.hf_files import read_config
@@ -125,7 +126,7 @@ class Trainer:
 
     def engines(self) -> dict[str, TrainEngine]:
         """What a checkpoint keeps whole: every engine whose weights change, by the name of its directory."""
-        return {"engine": self.policy}
+        return {ENGINE: self.policy}
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share beside layout, rows and architectures, in JSON's types."""
@@ -221,11 +222,14 @@ class Trainer:
             if self.run.control.should_training_stop:
                 break
         output = self._finish(started, first_step)
-        self.keeper.progress(wait=True)
         if self.run.stopping.cause is not None:
+            self.keeper.end_export()  # leaves the disk to the checkpoint
+            self.keeper.end_checkpoint()
             self.run.tell_stop()
             return output
+        self.keeper.end_checkpoint()
         self.save_model()
+        self.keeper.end_export()
         self._remove_prepared_files()
         return output
 
@@ -326,7 +330,8 @@ class Trainer:
             return
         if self.run.stopping.cause is None:  # else the state is saved already
             self.keeper.save()
-        self.keeper.progress(wait=True)
+        self.keeper.end_checkpoint()
+        self.keeper.end_export()
         raise self.run.skips.error(f"checkpoint-{self.state.global_step}")
 
     def _act(self, *, listening: bool = False) -> None:
@@ -338,9 +343,8 @@ class Trainer:
         if self.run.log_training():
             self.after_log()
         self.run.agree()
-        if self.run.stopping.cause is not None:  # an evaluation may outlast the patience of whoever asked
-            self._save_if_due()
-        if self.run.control.should_evaluate:
+        # An evaluation may outlast the patience of whoever asked for a stop.
+        if self.run.control.should_evaluate and self.run.stopping.cause is None:
             self.evaluate()
         self.run.agree()
         self._save_if_due()

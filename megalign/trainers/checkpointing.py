@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
-import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +22,11 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
+from megalign import durable
+from megalign.checkpoints.checksums import checksum_of
 from megalign.checkpoints.find import HUGGING_FACE
 from megalign.errors import UserError
-from megalign.parallel.control import agree, gather_objects
+from megalign.parallel.control import agree, any_rank, from_first, gather_objects
 from megalign.parallel.groups import ParallelGroups
 from megalign.trainers import manifest
 from megalign.trainers.generators import rng_state, set_rng_state
@@ -62,12 +64,12 @@ class Resumed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A checkpoint that is being written while training goes on."""
+class _Checkpoint:
+    """One that this run writes, has written or was resumed from, as this rank knows it."""
 
     path: Path
     content: Mapping[str, Any]  # of the manifest
-    savings: Mapping[str, Saving]  # by the engine's directory
+    sums: Mapping[str, str]  # checksums of the loop's files that this rank has written, at least
 
 
 class Checkpoints:
@@ -75,7 +77,8 @@ class Checkpoints:
 
     def __init__(self, args: Any, groups: ParallelGroups, say: Callable[[str], None]) -> None:
         self._args, self._groups, self._say = args, groups, say
-        self._pending: _Pending | None = None
+        self._saved: _Checkpoint | None = None  # what this run was resumed from or has written last, whole
+        self._pending: tuple[_Checkpoint, Mapping[str, Saving]] | None = None  # written while training goes on
 
     def save(
         self,
@@ -88,43 +91,64 @@ class Checkpoints:
     ) -> None:
         """Writes output_dir/checkpoint-{step}; with async_save it is whole once `progress` has seen its end.
 
+        Not again where this run has written the same there, or was resumed from it: the weights are of the step.
         The models' config files get the tokenizer's `special_tokens`, and `tokenizer` where it is not their own.
         """
         self.progress(wait=True)
         step, world = loop.trainer.global_step, self._groups.world
         path = Path(self._args.output_dir) / f"checkpoint-{step}"
         content = {"step": step, "settings": dict(settings), "layout": layout_of(self._args, self._groups)}
+        files = self._loop_files(loop)
+        sums = {name: checksum_of(data) for name, data in files.items()}
+        checkpoint = _Checkpoint(path=path, content=content, sums=sums)
+        if not any_rank([not self._is_saved(checkpoint)], world)[0]:
+            return
+        self._saved = None
         with self._writing(path):
             agree(lambda: self._begin(path), world)
-            agree(lambda: self._write_loop(path, loop), world)
+            agree(lambda: _write(path, files), world)
             if self._args.async_save:
                 savings = {name: _begun(engine, path / name, special_tokens) for name, engine in engines.items()}
                 agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
-                self._pending = _Pending(path=path, content=content, savings=savings)
+                self._pending = checkpoint, savings
             else:
-                sums = {name: _saved(engine, path / name, special_tokens) for name, engine in engines.items()}
+                written = {name: _saved(engine, path / name, special_tokens) for name, engine in engines.items()}
                 agree(lambda: self._write_tokenizer(path, engines, tokenizer), world)
-                self._declare_whole(path, content, sums)
+                self._declare_whole(checkpoint, written)
 
     def progress(self, *, wait: bool = False) -> None:
         """Declares the pending checkpoint whole if all of its files are written; `wait`s for them."""
         if self._pending is None:
             return
-        pending, sums = self._pending, {}
-        with self._writing(pending.path):
-            for name, saving in pending.savings.items():
-                sums[name] = saving.finish(wait=wait)
-                if sums[name] is None:
+        (checkpoint, savings), written = self._pending, {}
+        with self._writing(checkpoint.path):
+            for name, saving in savings.items():
+                written[name] = saving.finish(wait=wait)
+                if written[name] is None:
                     return
             self._pending = None
-            self._declare_whole(pending.path, pending.content, sums)
+            self._declare_whole(checkpoint, written)
 
     def find(self, resume: str | bool | None) -> Path | None:
-        """What resume_from_checkpoint means; None, which is said, where there is nothing to resume from."""
-        path = manifest.find_checkpoint(self._args.output_dir, resume)
-        if path is None and resume:
-            self._say(f"no checkpoint in {self._args.output_dir} yet: training starts afresh")
+        """What resume_from_checkpoint means; None, which is said, where there is nothing to resume from.
+
+        As rank 0 sees it: a node whose listing is older would go on from another step, and nobody would know.
+        """
+        world = self._groups.world
+        path, content = from_first(lambda: self._found(resume), world)
+        if path is None:
+            if resume:
+                self._say(f"no checkpoint in {self._args.output_dir} yet: training starts afresh")
+            return None
+        try:
+            agree(lambda: manifest.await_manifest(path, content), world)
+        except OSError as error:
+            raise UserError(f"{error}; resume from a directory that all nodes share") from error
         return path
+
+    def _found(self, resume: str | bool | None) -> tuple[Path | None, dict[str, Any] | None]:
+        path = manifest.find_checkpoint(self._args.output_dir, resume)
+        return path, None if path is None else manifest.read_manifest(path)
 
     def load(self, path: Path, engines: Mapping[str, TrainEngine], settings: Mapping[str, Any]) -> Resumed:
         """Puts the engines and this rank's generators where the checkpoint left them; the loop's state."""
@@ -133,51 +157,66 @@ class Checkpoints:
         for name, engine in engines.items():
             with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
                 engine.load(str(path / name))
-        ranks, replicas = sorted(path.glob(f"{_LOOP}/rank_*.pt")), sorted(path.glob(f"{_LOOP}/replica_*.pt"))
+        ranks, replicas = (manifest.files_like(path, f"{_LOOP}/{of}_*.pt") for of in ("rank", "replica"))
         # A rank that there was not begins as one that there was.
         set_rng_state(_load(ranks[self._groups.world.rank % len(ranks)]))
         with _reading(path / STATE, ValueError, TypeError):  # no JSON, or other fields
             trainer = TrainerState.load_from_json(str(path / STATE))
         self._say(f"resumed from {path}{self._change_of_layout(path)}")
+        content = manifest.manifest_of(path)
+        sums = {name: then["xxh3_128"] for name, then in content["files"].items()}
+        self._saved = _Checkpoint(path=path, content=content, sums=sums)
         run = _load(path / _LOOP / "run.pt")
         return Resumed(trainer=trainer, run=run, replicas=[_load(file) for file in replicas])
+
+    def _is_saved(self, wanted: _Checkpoint) -> bool:
+        saved = self._saved
+        return (
+            saved is not None
+            and (saved.path, saved.content["layout"]) == (wanted.path, wanted.content["layout"])
+            and wanted.sums.items() <= saved.sums.items()
+        )
 
     def _begin(self, path: Path) -> None:
         """On rank 0 alone, so that no other makes a directory in one that is being removed."""
         if self._groups.world.rank == 0:
-            if path.exists():  # left by a run that was killed, or by one that is being repeated
-                shutil.rmtree(path)
+            manifest.make_room(path)
             (path / _LOOP).mkdir(parents=True)
 
-    def _write_loop(self, path: Path, loop: LoopState) -> None:
-        groups, directory = self._groups, path / _LOOP
-        _dump(rng_state(), directory / f"rank_{groups.world.rank:05d}.pt")
+    def _loop_files(self, loop: LoopState) -> dict[str, bytes]:
+        """Those that this rank writes, by name."""
+        groups = self._groups
+        files = {f"{_LOOP}/rank_{groups.world.rank:05d}.pt": _dumped(rng_state())}
         if groups.is_dp_leader:
-            _dump(loop.replica, directory / f"replica_{groups.dp.rank:05d}.pt")
+            files[f"{_LOOP}/replica_{groups.dp.rank:05d}.pt"] = _dumped(loop.replica)
         if groups.world.rank == 0:
-            _dump(dict(loop.run), directory / "run.pt")
-            loop.trainer.save_to_json(str(path / STATE))
+            files[f"{_LOOP}/run.pt"] = _dumped(dict(loop.run))
+            state = json.dumps(dataclasses.asdict(loop.trainer), indent=2, sort_keys=True)  # as its save_to_json
+            files[STATE] = f"{state}\n".encode()
+        return files
 
     def _write_tokenizer(self, path: Path, names: Iterable[str], tokenizer: PreTrainedTokenizerBase | None) -> None:
         if tokenizer is not None and self._groups.world.rank == 0:
             for name in names:
                 tokenizer.save_pretrained(path / name / HUGGING_FACE)
 
-    def _declare_whole(self, path: Path, content: Mapping[str, Any], sums: Mapping[str, Mapping[str, str]]) -> None:
-        """The manifest, from the checksums of the engines' files that each rank wrote; then rotation."""
+    def _declare_whole(self, checkpoint: _Checkpoint, written: Mapping[str, Mapping[str, str]]) -> None:
+        """The manifest, from the checksums of the files that each rank wrote, `written` for engines; then rotation."""
         world = self._groups.world
-        mine = {f"{name}/{file}": value for name, files in sums.items() for file, value in files.items()}
+        mine = {f"{name}/{file}": value for name, files in written.items() for file, value in files.items()}
+        mine |= checkpoint.sums
         checksums = {name: value for part in gather_objects(mine, world) for name, value in part.items()}
 
         def declare() -> None:
             if world.rank == 0:
-                manifest.write_manifest(path, content, checksums)
-                manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, path)
+                manifest.write_manifest(checkpoint.path, checkpoint.content, checksums)
+                manifest.rotate_checkpoints(self._args.output_dir, self._args.save_total_limit, checkpoint.path)
 
         agree(declare, world)
+        self._saved = checkpoint
 
     def _change_of_layout(self, path: Path) -> str:
-        now, then = layout_of(self._args, self._groups), (manifest.read_manifest(path) or {}).get("layout", {})
+        now, then = layout_of(self._args, self._groups), manifest.manifest_of(path)["layout"]
         changed = [f"{name} {before} -> {value}" for name, value, before in manifest.differences(now, then)]
         return f" of another layout ({', '.join(changed)}): the same training within rounding" if changed else ""
 
@@ -205,11 +244,16 @@ def layout_of(args: Any, groups: ParallelGroups) -> dict[str, Any]:
     }
 
 
-def _dump(value: Any, file: Path) -> None:
+def _dumped(value: Any) -> bytes:
     """torch.save, whose own writer answers a full disk with a RuntimeError of its archive."""
     content = io.BytesIO()
     torch.save(value, content)
-    file.write_bytes(content.getbuffer())
+    return content.getvalue()
+
+
+def _write(path: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        durable.write(path / name, data)
 
 
 def _saved(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -> dict[str, str]:

@@ -114,7 +114,8 @@ class ExperienceMaker:
         if share.imbalance is not None:
             self.run.window.add({"perf/imbalance": share.imbalance})
         return [
-            replace(batch, rows=_dataset_rows(completions[row] for row in part)) for part, batch in share.microbatches
+            replace(batch, rows=_known(completions[row].row_number for row in part))
+            for part, batch in share.microbatches
         ]
 
     def dealt_anew(self, parts: Sequence[Minibatch]) -> Minibatch:
@@ -124,16 +125,23 @@ class ExperienceMaker:
             for row in zip_longest(*(part.batches for part in parts))  # microbatches were dealt out round by round
             for batch in row
             if batch is not None
-            for sequence in unpack(batch)
+            for sequence in zip(unpack(batch), _rows_of_sequences(batch), strict=True)
         ]
 
         def sequences_of(some: list[int]) -> list[dict[str, Any]]:
-            return [sequences[number] for number in some]
+            return [sequences[number][0] for number in some]
 
         micro_batch = self.args.per_device_train_batch_size
         numbers = range(len(sequences))
         share = packed_share(numbers, sequences_of, self.groups, micro_batch=micro_batch, budget=self.budget)
-        return replace(parts[0], batches=[batch for _, batch in share.microbatches])
+        # The numbers that packed_share knows are of sequences.
+        return replace(
+            parts[0],
+            batches=[
+                replace(batch, rows=_known(sequences[number][1] for number in part))
+                for part, batch in share.microbatches
+            ],
+        )
 
     def loss_tokens(self, completions: Sequence[Completion]) -> list[int]:
         """How many tokens of each completion count in the loss."""
@@ -228,10 +236,14 @@ class ExperienceMaker:
         return reduce_metrics(shares, self.groups)
 
 
-def _dataset_rows(completions: Iterable[Completion]) -> tuple[int, ...]:
-    """Of the prompts that they answer, each once."""
-    numbers = [completion.row_number for completion in completions if completion.row_number is not None]
-    return tuple(dict.fromkeys(numbers))
+def _known(rows: Iterable[int | None]) -> tuple[int, ...]:
+    """A Batch's rows: of each completion its prompt's; none where one is not known."""
+    found = tuple(rows)
+    return () if None in found else found
+
+
+def _rows_of_sequences(batch: Batch) -> Sequence[int | None]:
+    return batch.rows if len(batch.rows) == batch.num_sequences else [None] * batch.num_sequences
 
 
 def total_counts(minibatches: Sequence[Minibatch]) -> Counts:

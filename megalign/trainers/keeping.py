@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from megalign.checkpoints.find import ENGINE
 from megalign.data import prepared
 from megalign.trainers.checkpointing import Checkpoints, LoopState
 from megalign.trainers.hf_export import HfExports
@@ -23,7 +24,7 @@ class Keeper:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._checkpoints = Checkpoints(trainer.args, trainer.groups, trainer.run.say)
-        self._exports = HfExports(trainer.args, trainer.groups)
+        self._exports = HfExports(trainer.args, trainer.groups, lambda: any(trainer.run.stopping.asked()))
 
     def save(self) -> None:
         """Begins or writes output_dir/checkpoint-{step}."""
@@ -33,15 +34,28 @@ class Keeper:
         self._checkpoints.save(trainer.engines(), loop, self._settings(), **self._words())
 
     def export_if_due(self) -> None:
-        """Begins output_dir/hf-{step} at every save_hf_steps-th step."""
+        """Begins output_dir/hf-{step} at every save_hf_steps-th step, unless a stop comes while another is made."""
         step, every = self._trainer.state.global_step, self._trainer.args.save_hf_steps
-        if every is not None and step % every == 0:
+        if every is not None and step % every == 0 and self._exports.wait():
             self._exports.begin(step, self._trainer.policy, **self._words())
 
-    def progress(self, *, wait: bool = False) -> None:
-        """Brings forward, or to its end, what is being written beside the training."""
-        self._checkpoints.progress(wait=wait)
-        self._exports.progress(wait=wait)
+    def progress(self) -> None:
+        """Brings forward what is being written beside the training."""
+        self._checkpoints.progress()
+        self._exports.progress()
+
+    def end_checkpoint(self) -> None:
+        """Brings the checkpoint that is being written to its end."""
+        self._checkpoints.progress(wait=True)
+
+    def end_export(self) -> None:
+        """The same of the export, which may take minutes; a stop gives it up."""
+        run = self._trainer.run
+        if run.stopping.cause is None and self._exports.wait():
+            return
+        left = self._exports.give_up()
+        if left is not None:
+            run.say(f"{left} was not whole yet, and a stop does not wait: megatron_to_hf.py makes one of a checkpoint")
 
     def resume(self, resume: str | bool | None) -> None:
         """Puts the trainer where a checkpoint left it; without one a run's metrics.jsonl begins anew."""
@@ -64,7 +78,7 @@ class Keeper:
             **{name: getattr(trainer.args, name) for name in (*MODEL_FIELDS, *trainer.data_fields)},
             ROWS_OF_A_STEP: trainer.rows_per_step,
             **{
-                "model" if name == "engine" else name: engine.architecture.in_json()
+                "model" if name == ENGINE else name: engine.architecture.in_json()
                 for name, engine in trainer.engines().items()
             },
             "train_dataset": self._described_rows,

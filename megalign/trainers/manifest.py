@@ -8,41 +8,49 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megalign import durable
+from megalign.checkpoints.checksums import MANIFEST, checksum, first_fault, read_manifest
 from megalign.errors import UserError
-from megalign.model.checkpoint import checksum
 from megalign.parallel.control import gather_objects
 from megalign.parallel.groups import Axis
 
-MANIFEST = "manifest.json"
 LATEST = "latest"
-_KINDS = {"step": int, "written": float, "settings": dict, "layout": dict, "files": dict}
+_ASIDE = ".old"  # suffix of a whole checkpoint that is being replaced
+_PATIENCE = 60.0  # seconds for which NFS, if nobody says otherwise, may answer from what it knew of a directory
 
 
 def write_manifest(path: Path, content: Mapping[str, Any], checksums: Mapping[str, str]) -> None:
-    """Declares the checkpoint whole. Files that are not among the `checksums` are summed up here."""
+    """Declares the checkpoint whole, once all of it is on the disk.
+
+    Files that are not among the ranks' `checksums`, who have put those there, are summed up here.
+    """
+    listed = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
     files = {
-        name: {"bytes": file.stat().st_size, "xxh3_128": checksums.get(name) or checksum(file)}
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and (name := str(file.relative_to(path))) != MANIFEST
+        name: {"bytes": _size(path / name), "xxh3_128": checksums.get(name) or checksum(path / name)}
+        for name in sorted(listed | checksums.keys())  # a network file system may list late what another node wrote
     }
+    durable.sync_tree(path, but={path / name for name in checksums})
     unfinished = path / f"{MANIFEST}.tmp"
-    unfinished.write_text(json.dumps({**content, "written": time.time(), "files": files}, indent=1))
-    unfinished.rename(path / MANIFEST)  # atomic: half a manifest never counts as one
+    whole = {**content, "written": _now(path.parent), "files": files}
+    durable.write(unfinished, json.dumps(whole, indent=1).encode())
+    durable.rename(unfinished, path / MANIFEST)  # half a manifest never counts as one
+    durable.sync(path.parent)
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What the checkpoint says of itself; None where it is not whole, or the manifest itself is damaged."""
+def _size(file: Path) -> int:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    is_whole = isinstance(manifest, dict) and all(isinstance(manifest.get(name), kind) for name, kind in _KINDS.items())
-    return manifest if is_whole else None
+        return file.stat().st_size
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{file} is not seen on {socket.gethostname()}, where rank 0 is: all nodes must share output_dir"
+        ) from error
 
 
 def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
@@ -64,6 +72,20 @@ def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
     return path
 
 
+def await_manifest(path: Path, content: Mapping[str, Any]) -> None:
+    """Returns when this rank reads the manifest that rank 0 has read; raises an OSError if it does not get to."""
+    end = time.monotonic() + _PATIENCE
+    while read_manifest(path) != content:
+        if time.monotonic() > end:
+            raise FileNotFoundError(f"{path / MANIFEST} is not on {socket.gethostname()} what rank 0 reads there")
+        time.sleep(0.1)
+
+
+def files_like(path: Path, pattern: str) -> list[Path]:
+    """The checkpoint's files of such names, in order; not as a directory lists them, which may be late."""
+    return [path / name for name in sorted(manifest_of(path)["files"]) if fnmatch(name, pattern)]
+
+
 def other_than(path: Path) -> str:
     """The way out of a checkpoint that cannot be used."""
     others = [other for other in whole_checkpoints(path.parent) if other.name != path.name]
@@ -72,9 +94,16 @@ def other_than(path: Path) -> str:
     return f"resume_from_checkpoint={others[-1]} is the newest whole one beside it"
 
 
+def manifest_of(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself."""
+    manifest = read_manifest(path)
+    assert manifest is not None, "find_checkpoint gives no other"
+    return manifest
+
+
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raises unless the checkpoint was made with these settings (JSON's types)."""
-    then = _manifest_of(path)["settings"]
+    then = manifest_of(path)["settings"]
     for name, value, before in differences(json.loads(json.dumps(dict(settings))), then):
         raise UserError(
             f"{name} is {value} but {path} was made with {before}; resuming needs the same models, data and rows of "
@@ -84,22 +113,10 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 def check_files(path: Path, world: Axis) -> None:
     """Raises on every rank unless every file is what the manifest says; each rank reads its share. Collective."""
-    files = list(_manifest_of(path)["files"].items())
-    fault = next(filter(None, (_fault(path / name, then) for name, then in files[world.rank :: world.size])), None)
+    files = [(path / name, then) for name, then in manifest_of(path)["files"].items()]
+    fault = first_fault(files[world.rank :: world.size])
     for told in filter(None, gather_objects(fault, world)):
         raise UserError(f"{told}; {other_than(path)}")
-
-
-def _fault(file: Path, then: Mapping[str, Any]) -> str | None:
-    try:
-        size = file.stat().st_size if file.exists() else "no"
-        if size != then["bytes"]:
-            return f"{file} has {size} bytes where its manifest says {then['bytes']}"
-        if checksum(file) != then["xxh3_128"]:
-            return f"{file} is damaged: its checksum is not the one in its manifest"
-    except OSError as error:
-        return f"{file} cannot be read ({error})"
-    return None
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -113,13 +130,32 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[tup
 
 
 def rotate_checkpoints(output_dir: str, limit: int | None, newest: Path) -> None:
-    """Deletes the oldest checkpoints beyond `save_total_limit`, never the one just written."""
-    if not limit:
-        return
+    """Deletes what was put aside for a whole checkpoint, and the oldest ones beyond `save_total_limit`.
+
+    Never the one just written.
+    """
+    for path in checkpoints(output_dir):
+        if path.suffix and read_manifest(path.with_suffix("")) is not None:
+            _remove(path)
     others = [path for path in checkpoints(output_dir) if path.name != newest.name]
-    for path in others[: max(0, len(others) + 1 - limit)]:
-        (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
+    for path in others[: max(0, len(others) + 1 - limit)] if limit else []:
+        _remove(path)
+
+
+def make_room(path: Path) -> None:
+    """Nothing is left at `path`, where a checkpoint is to be written; a whole one is put aside until that is whole."""
+    if read_manifest(path) is not None:
+        aside = path.with_suffix(_ASIDE)
+        if aside.exists():
+            _remove(aside)
+        path.rename(aside)
+    elif path.exists():  # left by a run that was killed
         shutil.rmtree(path)
+
+
+def _remove(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)  # first, so that a killed deletion leaves nothing that looks whole
+    shutil.rmtree(path)
 
 
 def whole_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -130,23 +166,24 @@ def whole_checkpoints(output_dir: str | Path) -> list[Path]:
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """All checkpoint-N directories in the order in which they were written; those that are not whole come first.
 
+    With them checkpoint-N.old, put aside by a run that was killed before its own checkpoint-N was whole.
+
     Not by step: an earlier, longer run in the same directory would be taken for the newest, and this run's own
     checkpoints be rotated away.
     """
     found = [
         (_written(path), int(match[1]), path)
         for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+        if (match := re.fullmatch(rf"checkpoint-(\d+)({re.escape(_ASIDE)})?", path.name)) and path.is_dir()
     ]
     return [path for *_, path in sorted(found)]
+
+
+def _now(output_dir: Path) -> float:
+    """Later than all that was written there, by another host perhaps, whose clock was ahead."""
+    return max([time.time(), *(_written(path) + 0.001 for path in checkpoints(output_dir))])
 
 
 def _written(path: Path) -> float:
     manifest = read_manifest(path)
     return 0.0 if manifest is None else float(manifest["written"])
-
-
-def _manifest_of(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    assert manifest is not None, "find_checkpoint gives no other"
-    return manifest

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalign.checkpoints.check import differences
 from megalign.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megalign.checkpoints.inspect import summary_of
 from megalign.checkpoints.writer import Chunk, write_checkpoint
 from megalign.conversion.hf_config import write_json
 from megalign.conversion.hf_files import read_config
 from megalign.errors import UserError
+from megalign.trainers.manifest import write_manifest
 from tests.checkpoints.models import Converted, bits_of
 from tests.layouts import ONE_RANK, make_engine
 from tests.ranks import run_ranks
@@ -145,6 +147,60 @@ def test_tensors_of_two_dtypes_in_one_of_megatrons_are_refused(converted: Conver
     save_file(tensors, mixed / "model.safetensors")
     with pytest.raises(UserError, match=r"layers.1.self_attn.k_proj.weight is torch.bfloat16.*--dtype"):
         hf_to_megatron(mixed, tmp_path / "out")
+
+
+# ---- a trainer's checkpoint, whose manifest has checksums
+
+
+@pytest.fixture
+def saved(converted: Converted, tmp_path: Path) -> Path:
+    """A checkpoint-N with its engine."""
+    path = tmp_path / "checkpoint-3"
+    shutil.copytree(converted["llama"][1], path / "engine")
+    write_manifest(path, {"step": 3, "settings": {}, "layout": {"tp": 2}}, {})
+    return path
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_trainers_checkpoint_whose_files_are_as_it_wrote_them_is_converted(
+    converted: Converted, saved: Path, tmp_path: Path
+) -> None:
+    megatron_to_hf(saved, tmp_path / "out")
+    assert bits_of(tmp_path / "out") == bits_of(converted["llama"][0])
+    assert (summary_of(saved).step, summary_of(saved / "engine").layout) == (3, {"tp": 2})
+
+
+@pytest.mark.parametrize("inner", ["", "engine"])
+def test_a_flipped_bit_is_not_converted(inner: str, converted: Converted, saved: Path, tmp_path: Path) -> None:
+    damaged = saved / "engine/__0_0.distcp"
+    flip_a_bit(damaged)
+    message = f"{damaged} is damaged: its checksum is not the one in its manifest; use another checkpoint"
+    assert error_of(saved / inner, tmp_path / "out", converted["llama"][0]) == message
+    with pytest.raises(UserError, match="its checksum is not the one"):
+        next(differences(Path(converted["llama"][0]), saved))
+
+
+@pytest.mark.parametrize("cut", [b"", b'{"step": 3', b"[1]", b"{}", b"\xff"])
+@pytest.mark.parametrize("file", ["manifest.json", "engine/metadata.json"])
+def test_a_cut_json_file_is_named(file: str, cut: bytes, converted: Converted, saved: Path, tmp_path: Path) -> None:
+    (saved / file).write_bytes(cut)
+    error = error_of(saved, tmp_path / "out", converted["llama"][0])
+    named = saved / "engine" if (file, cut) == ("engine/metadata.json", b"{}") else saved / file
+    assert str(named) in error and "\n" not in error, error
+    with pytest.raises(UserError):
+        summary_of(saved)
+
+
+def test_a_manifest_of_something_else_is_told_apart(converted: Converted, tmp_path: Path) -> None:
+    directory = shutil.copytree(converted["llama"][1], tmp_path / "site/model")
+    (tmp_path / "site/manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(UserError, match=r"site/manifest.json is damaged, or no trainer's; .*move .*site/model elsewh"):
+        megatron_to_hf(directory, tmp_path / "out")
 
 
 # ---- what must not run

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megalign.checkpoints.convert import hf_to_megatron
+from megalign.trainers.manifest import write_manifest
 from tests.checkpoints.models import bits_of
 from tests.jobs.inputs import save_model
 from tests.jobs.start import ROOT
@@ -59,7 +60,10 @@ def test_two_ranks_convert_a_share_each(tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("megatron/*.distcp"))
     assert [file.name for file in files] == ["__0_0.distcp", "__1_0.distcp"]
     assert max(file.stat().st_size for file in files) < 2 * min(file.stat().st_size for file in files)
-    words = ("--checkpoint", tmp_path / "megatron", "--output", tmp_path / "back", "--max-shard-size", "100KB")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "megatron").rename(tmp_path / "checkpoint-1" / "engine")  # as in a run, with checksums
+    write_manifest(tmp_path / "checkpoint-1", {"step": 1, "settings": {}, "layout": {}}, {})
+    words = ("--checkpoint", tmp_path / "checkpoint-1", "--output", tmp_path / "back", "--max-shard-size", "100KB")
     back = ended(tool("megatron_to_hf", *words, ranks=2))
     assert back.returncode == 0, back.stderr
     assert bits_of(tmp_path / "back") == bits_of(model)

@@ -102,6 +102,35 @@ def test_a_minibatch_comes_back_from_a_checkpoint_as_it_was(tmp_path: Any) -> No
         assert torch.equal(before[name], after[name])
 
 
+def _of_rows(*rows: int | None) -> list[Completion]:
+    """Completions of 1, 2, ... tokens, each of a prompt of the dataset."""
+    return [replace(_completion(place, place + 1, "stop"), row_number=row) for place, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize(("begun", "resumed"), [(2, 1), (1, 2), (2, 2)])
+def test_batches_that_are_dealt_anew_name_the_dataset_rows_of_their_sequences(begun: int, resumed: int) -> None:
+    rows = [70, 70, 31, 31, 8, 8]
+    of_length = {2 + place + 1: row for place, row in enumerate(rows)}
+    step = {"step": 0, "num_updates": 1}
+    parts = [
+        Minibatch.from_state(
+            _maker(rank, begun, per_device_train_batch_size=3).minibatches(_of_rows(*rows), **step)[0].state()
+        )
+        for rank in range(begun)
+    ]
+    found = []
+    for rank in range(resumed):
+        for batch in _maker(rank, resumed, per_device_train_batch_size=2).dealt_anew(parts).batches:
+            assert list(batch.rows) == [of_length[length] for length in batch.lengths.tolist()]
+            found += batch.rows
+    assert sorted(found) == sorted(rows)
+
+
+def test_rows_that_are_not_known_are_not_made_up() -> None:
+    (minibatch,) = _maker(per_device_train_batch_size=2).minibatches(_of_rows(5, None, 6), step=0, num_updates=1)
+    assert [batch.rows for batch in _maker().dealt_anew([minibatch]).batches] == [(), (), (6,)]
+
+
 def test_completion_metrics_of_hand_counted_lengths() -> None:
     metrics = completion_metrics(COMPLETIONS)
     assert metrics == {

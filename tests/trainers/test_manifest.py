@@ -1,0 +1,93 @@
+"""Which checkpoints there are, without a run that wrote them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from megalign.checkpoints.checksums import checksum
+from megalign.config import SFTConfig
+from megalign.errors import UserError
+from megalign.parallel.groups import initialize
+from megalign.trainers import manifest
+from megalign.trainers.checkpointing import Checkpoints
+from tests.ranks import run_ranks
+
+
+def write_checkpoint(output_dir: Path, step: int) -> Path:
+    """A whole one of a single file."""
+    path = output_dir / f"checkpoint-{step}"
+    (path / "loop").mkdir(parents=True)
+    (path / "loop/run.pt").write_text(f"{path}")
+    manifest.write_manifest(path, {"step": step, "settings": {}, "layout": {}}, {})
+    return path
+
+
+def test_a_checkpoint_is_the_newest_though_its_hosts_clock_is_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [write_checkpoint(tmp_path, 8)]  # of an earlier, longer run
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # of 2001
+    kept += [write_checkpoint(tmp_path, step) for step in (2, 4, 6)]
+    assert manifest.whole_checkpoints(tmp_path) == kept
+    assert manifest.find_checkpoint(str(tmp_path), "latest") == kept[-1]
+    assert str(kept[2]) in manifest.other_than(kept[-1])
+    manifest.rotate_checkpoints(str(tmp_path), 2, kept[-1])
+    assert manifest.whole_checkpoints(tmp_path) == kept[2:]
+
+
+# ---- nodes that do not see the same
+
+
+def _find_beside_a_late_rank(output_dir: str, looks: int) -> tuple[str, list[str]]:
+    """The last rank's first looks show the directory as it was before checkpoint-4 was written."""
+    groups = initialize(SFTConfig(output_dir=output_dir, bf16=False, tensor_model_parallel_size=2))
+    said: list[str] = []
+    checkpoints = Checkpoints(SFTConfig(output_dir=output_dir), groups, said.append)
+    read, left = manifest.read_manifest, iter(range(looks if groups.world.rank == 1 else 0))
+
+    def read_late(path: Path) -> dict[str, Any] | None:
+        return None if path.name == "checkpoint-4" and next(left, None) is not None else read(path)
+
+    with mock.patch.multiple(manifest, read_manifest=read_late, _PATIENCE=0.5):
+        try:
+            return str(checkpoints.find("latest")), said
+        except UserError as error:
+            return str(error), said
+
+
+def test_a_rank_that_sees_a_checkpoint_late_waits_for_it(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
+    assert run_ranks(2, _find_beside_a_late_rank, str(tmp_path), 2) == [(f"{tmp_path}/checkpoint-4", [])] * 2
+
+
+def test_a_rank_that_never_sees_it_ends_the_run_on_all(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
+    for told, _ in run_ranks(2, _find_beside_a_late_rank, str(tmp_path), 1000):
+        assert told.startswith(f"{tmp_path}/checkpoint-4/manifest.json is not on ") and "all nodes share" in told
+
+
+def test_nothing_to_resume_from_is_found_and_said_once_for_all(tmp_path: Path) -> None:
+    for found, said in run_ranks(2, _find_beside_a_late_rank, str(tmp_path), 0):
+        assert found == "None" and said == [f"no checkpoint in {tmp_path} yet: training starts afresh"]
+
+
+def test_a_file_that_a_rank_wrote_and_rank_0_does_not_see_is_refused(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2)
+    (path / "manifest.json").unlink()
+    content = {"step": 2, "settings": {}, "layout": {}}
+    sums = {"loop/run.pt": checksum(path / "loop/run.pt"), "loop/rank_00001.pt": "0" * 32}
+    with pytest.raises(OSError, match=r"loop/rank_00001.pt is not seen on .*: all nodes must share output_dir"):
+        manifest.write_manifest(path, content, sums)
+    assert not (path / "manifest.json").exists()
+
+
+def test_a_file_that_rank_0s_listing_lacks_is_still_in_the_manifest(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2)
+    with mock.patch.object(Path, "rglob", lambda *given: iter(())):
+        manifest.write_manifest(path, {"step": 2, "settings": {}, "layout": {}}, {"loop/run.pt": "f" * 32})
+    assert [file.name for file in manifest.files_like(path, "loop/*.pt")] == ["run.pt"]
