@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
@@ -212,11 +213,34 @@ def _repair_optimizer_checkpoints() -> None:
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
             buffer.numel_unpadded = buffer.numel
+        if self.data_parallel_group.size() == 1 and not kwargs.get("empty_data"):
+            return _state_of_one_replica(self)
         return gather(self, *args, **kwargs)
 
     DistributedOptimizer.get_parameter_state_dp_zero = gather_with_gaps
     DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(set_with_step)
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def _state_of_one_replica(optimizer: Any) -> dict[Any, Any]:
+    """What get_parameter_state_dp_zero returns, by one copy."""
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, (buffer, by_dtype) in enumerate(zip(optimizer.buffers, optimizer.gbuf_ranges, strict=True)):
+        ((dtype, buckets),) = by_dtype.items()
+        whole: dict[str, Any] = {}
+        start = 0
+        for bucket, ranges in zip(buffer.buckets, buckets, strict=True):
+            for parameter, places in ranges["param_map"].items():
+                here = slice(start + places["gbuf_local"].start, start + places["gbuf_local"].end)
+                for name, tensor in optimizer._get_main_param_and_optimizer_states(parameter).items():
+                    if name == "step":
+                        continue
+                    if name not in whole:  # gaps stay 0, and cost nothing until something is written there
+                        whole[name] = torch.from_numpy(np.zeros(buffer.numel, dtype=np.float32))
+                    whole[name][here].copy_(tensor.detach())
+            start += bucket.grad_data.numel()
+        state[number] = {dtype: {**whole, "numel_unpadded": buffer.numel}}
+    return state
 
 
 def _save_without_helper_processes() -> None:
