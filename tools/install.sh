@@ -44,7 +44,7 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     "$python" -m venv --clear .venv
 fi
 
-if ! is_current "$platform" "$pins" setup.py; then
+if ! is_current "$platform" "$pins" setup.py csrc/*; then
     echo "megalign: installing $pins"
     # Two halves at once, for two cores: with --no-deps no package's installation looks at another's.
     halves=$(mktemp -d)
@@ -56,11 +56,13 @@ if ! is_current "$platform" "$pins" setup.py; then
     wait "$other" || status=1
     [[ $status == 0 ]] || fail "installing $pins failed: pip's own message is above"
     install --no-build-isolation --use-pep517 -e .
+    compgen -G 'megalign/_ops*.so' > /dev/null ||
+        echo "megalign: csrc/ was not built (is there a C++ compiler?): torch computes the same, more slowly" >&2
     # Also writes the bytecode of the slowest imports, even where the environment turns that off.
     PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c 'import torch, transformers, vllm' 2> "$halves/import" ||
         fail "what was installed does not import: $(tail -n 1 "$halves/import");" \
             "for cpu, let pip find CPU wheels of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)"
-    checksum "$pins" setup.py > ".venv/.$platform"
+    checksum "$pins" setup.py csrc/* > ".venv/.$platform"
 fi
 
 if [[ ${2:-} == --test ]] && ! is_current "$platform-test" "$test_pins" "$pins"; then
