@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalign.checkpoints import convert
 from megalign.checkpoints.check import differences
 from megalign.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megalign.checkpoints.inspect import summary_of
@@ -138,6 +139,39 @@ def test_a_foreign_checkpoint_needs_a_reference_and_an_old_one_no_longer(convert
         megatron_to_hf(tmp_path / "run", tmp_path / "again", Path(model))
     with pytest.raises(UserError, match="out exists already"):
         megatron_to_hf(foreign, tmp_path / "out", Path(model))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_second_conversion_meanwhile_is_refused_and_the_first_is_whole(
+    there: bool, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, writing = (hf_to_megatron, "write_checkpoint") if there else (megatron_to_hf, "_write_share")
+    mine, other = (Path(converted[family][not there]) for family in ("llama", "qwen2"))
+    write = getattr(convert, writing)
+
+    def write_slowly(*given: Any) -> None:
+        write(*given)
+        monkeypatch.setattr(convert, writing, write)
+        with pytest.raises(UserError, match="out is being written by another process"):
+            tool(other, tmp_path / "out")
+
+    monkeypatch.setattr(convert, writing, write_slowly)
+    tool(mine, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    if there:
+        megatron_to_hf(tmp_path / "out", tmp_path / "back")
+    assert bits_of(tmp_path / ("back" if there else "out")) == bits_of(converted["llama"][0])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_empty_output_gives_way_and_a_link_does_not(there: bool, converted: Converted, tmp_path: Path) -> None:
+    tool, source = (hf_to_megatron if there else megatron_to_hf), Path(converted["llama"][not there])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(UserError, match="link exists already as a link; choose another directory, or remove it"):
+        tool(source, tmp_path / "link")
+    tool(source, tmp_path / "empty")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"} and any((tmp_path / "empty").iterdir())
 
 
 def test_tensors_of_two_dtypes_in_one_of_megatrons_are_refused(converted: Converted, tmp_path: Path) -> None:
