@@ -83,6 +83,17 @@ def test_every_wrong_tensor_of_a_directory_is_named(converted: Converted, tmp_pa
     assert list(tmp_path.iterdir()) == [bad]
 
 
+def test_a_config_of_far_more_layers_is_refused_before_they_are_counted(converted: Converted, tmp_path: Path) -> None:
+    bad = shutil.copytree(converted["llama"][0], tmp_path / "bad")
+    write_json(bad / "config.json", read_config(bad) | {"num_hidden_layers": 10**7, "layer_types": None})
+    # All names would take minutes and more memory than the test may have.
+    with pytest.raises(UserError, match="num_hidden_layers=10000000") as told:
+        hf_to_megatron(bad, tmp_path / "out")
+    assert "missing tensors: model.layers.4.self_attn.q_proj.weight" in str(told.value) and len(str(told.value)) < 1500
+    error = error_of(converted["llama"][1], tmp_path / "out", str(bad))
+    assert "linear_qkv.weight [4, 96, 32] instead of [10000000, 96, 32]" in error
+
+
 @pytest.mark.parametrize("rows", [128, 100])
 def test_rows_behind_the_vocabulary_are_left_out_and_said(rows: int, converted: Converted, tmp_path: Path) -> None:
     """Megatron-LM pads to a multiple of 128 times the tensor ranks; fewer rows than tokens are another model's."""
@@ -134,6 +145,11 @@ def test_a_foreign_checkpoint_needs_a_reference_and_an_old_one_no_longer(convert
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("12\n")
     megatron_to_hf(tmp_path / "run", tmp_path / "out", Path(model))
     assert bits_of(tmp_path / "out") == bits_of(model)
+    for odd in ("\u00b2".encode(), b"\xff\xfe", "\u0663".encode(), b"9" * 5000):
+        (tmp_path / "run/latest_checkpointed_iteration.txt").write_bytes(odd)
+        with pytest.raises(UserError, match="run holds no torch_dist checkpoint"):
+            megatron_to_hf(tmp_path / "run", tmp_path / "odd", Path(model))
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("12\n")
     (tmp_path / "run/iter_0000012/metadata.json").unlink()
     with pytest.raises(UserError, match="not written to its end"):
         megatron_to_hf(tmp_path / "run", tmp_path / "again", Path(model))
