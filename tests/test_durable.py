@@ -84,9 +84,11 @@ def test_a_model_is_on_the_disk_before_it_has_its_name(exists: bool, events: Eve
     writer.close()
     shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     partial = writer.shard_file(0).parent
-    first = out / "config.json" if exists else out
+    first = out / "config.json" if exists else out  # the last of all names
     assert {partial, *(partial / name for name in (*shards, "config.json"))} <= events.synced(before=first)
-    assert events.synced(after=out / "model.safetensors.index.json" if exists else out) == {out if exists else tmp_path}
+    assert not exists or out in events.synced(before=first)
+    assert events.synced(after=first) == {out if exists else tmp_path}
+    assert [path for what, path in events.all if what == "rename"][-1] == first
 
 
 def test_a_file_system_that_syncs_no_directory_is_none_that_loses_files(

@@ -3,7 +3,8 @@
     python tools/check_conversion.py --hf DIR --checkpoint CKPT [--tolerance 1e-4] [--text "..." | --no-logits]
 
 Every tensor is converted back and compared with the directory's. Then Megatron-Core loads the checkpoint, transformers
-the directory, both in fp32, and their logits on the text are compared: this needs memory for both models.
+the directory, both in fp32, and their logits on the text (a reward model's scores) are compared: this needs memory for
+both models.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.no_logits:
         largest = logit_difference(options.hf, options.checkpoint, options.text)
         failed |= not largest <= options.tolerance
-        print(f"logits: largest difference {largest:.3g}")
+        print(f"{_outputs(options.hf)}: largest difference {largest:.3g}")
     sys.exit(int(failed))
 
 
@@ -59,15 +60,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def logit_difference(hf: Path, checkpoint: Path, text: str) -> float:
     """Between Megatron's logits from the checkpoint and transformers' from the directory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     tokens = tokens_of(hf, text)
-    ours = megatron_logits(hf, checkpoint, tokens)
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    return (megatron_logits(hf, checkpoint, tokens) - transformers_logits(hf, tokens)).abs().max().item()
+
+
+def transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
+    """[T, vocabulary]; a reward model's scores of the text up to each token, [T, 1]."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    scores = _outputs(hf) == "scores"
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = kind.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
-        theirs = model(tokens[None]).logits[0].float()
-    return (ours - theirs).abs().max().item()
+        if scores:  # its forward answers for one token
+            return model.score(model.base_model(tokens[None]).last_hidden_state)[0].float()
+        return model(tokens[None]).logits[0].float()
 
 
 def tokens_of(hf: Path, text: str) -> Tensor:
@@ -85,7 +93,7 @@ def tokens_of(hf: Path, text: str) -> Tensor:
 
 
 def megatron_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> Tensor:
-    """[T, vocabulary] of one rank."""
+    """[T, vocabulary] of one rank, or the scores [T, 1]."""
     import torch
 
     from megalign.batch import Batch
@@ -106,9 +114,19 @@ def megatron_logits(hf: Path, checkpoint: Path, tokens: Tensor) -> Tensor:
     packed = PackedSequences.of(Batch(tokens=tokens, cu_seqlens=lengths, num_sequences=1), groups.cp)
     with torch.no_grad():
         hidden = model(tokens[None], torch.arange(len(tokens))[None], None, packed_seq_params=packed)[:, 0]
+        if architecture.num_labels is not None:
+            return torch.nn.functional.linear(hidden, model.head_weight)
         logits = torch.nn.functional.linear(hidden, model.head_weight, model.head_bias)[:, : architecture.vocab_size]
     cap = architecture.logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _outputs(hf: Path) -> str:
+    """What the two models are compared by."""
+    from megalign.conversion.families import is_classifier
+    from megalign.conversion.hf_files import read_config
+
+    return "scores" if is_classifier(read_config(hf)) else "logits"
 
 
 if __name__ == "__main__":

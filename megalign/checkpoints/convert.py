@@ -13,7 +13,7 @@ import torch
 from megalign.checkpoints.checksums import first_fault
 from megalign.checkpoints.find import HUGGING_FACE, engine_directory, noted_files, reference_of
 from megalign.checkpoints.hf_stream import Entry, split_into_shards, write_shard
-from megalign.checkpoints.job import Job, Meter, refuse_existing
+from megalign.checkpoints.job import Job, Meter
 from megalign.checkpoints.stored import extra_states, layers_are_numbered
 from megalign.checkpoints.to_hf import HfTensors
 from megalign.checkpoints.to_megatron import chunks_of
@@ -72,23 +72,23 @@ def megatron_to_hf(
 ) -> dict[str, int]:
     """Writes `output`; a collective. Returns, by name, how many rows behind the vocabulary were left out."""
     job, max_bytes = Job(), parse_size(max_shard_size)
-    refuse_existing(output)
     directory = engine_directory(checkpoint)
-    check_files(directory, job)
-    source = reference_of(directory, reference)
-    config = read_config(source)
-    architecture = architecture_of(config)
-    tensors = HfTensors(directory, architecture)
-    entries = [Entry(name, shape, tensors.dtype(name, dtype)) for name, shape in tensors.shapes().items()]
-    shards = split_into_shards(entries, max_bytes)
-    target = _begin(job, output, source, exported_config(config, architecture, None))
-    _write_share(job, target, shards, tensors, dtype)
-    job.barrier()
-    if job.rank == 0:
-        kind = Counter(entry.dtype for entry in entries).most_common(1)[0][0]
-        names = [[entry.name for entry in shard] for shard in shards]
-        target.finish(names, sum(entry.nbytes for entry in entries), kind)
-    job.barrier()
+    with job.claimed(output):
+        check_files(directory, job)
+        source = reference_of(directory, reference)
+        config = read_config(source)
+        architecture = architecture_of(config)
+        tensors = HfTensors(directory, architecture)
+        entries = [Entry(name, shape, tensors.dtype(name, dtype)) for name, shape in tensors.shapes().items()]
+        shards = split_into_shards(entries, max_bytes)
+        target = _begin(job, output, source, exported_config(config, architecture, None))
+        _write_share(job, target, shards, tensors, dtype)
+        job.barrier()
+        if job.rank == 0:
+            kind = Counter(entry.dtype for entry in entries).most_common(1)[0][0]
+            names = [[entry.name for entry in shard] for shard in shards]
+            target.finish(names, sum(entry.nbytes for entry in entries), kind)
+        job.barrier()
     return tensors.index.pad_rows
 
 
@@ -108,10 +108,6 @@ def check_files(directory: Path, job: Job) -> None:
 
 
 def _begin(job: Job, output: Path, source: Path, changes: dict[str, Any]) -> HfDirectory:
-    job.barrier()  # all have looked whether the output is new
-    if job.rank == 0 and output.exists():
-        output.rmdir()  # an empty one: the new one comes at once, or not
-    job.barrier()
     target = HfDirectory(output, source, config_changes=changes)
     if job.rank == 0:
         target.begin()

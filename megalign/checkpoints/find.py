@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def engine_directory(path: Path) -> Path:
         return _whole(path / ENGINE)
     if (path / _TRACKER).exists():
         iteration = (path / _TRACKER).read_text(errors="replace").strip()
-        inner = path / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else "release")
+        # Ten digits at most: what else it holds may be of any length.
+        inner = path / (f"iter_{int(iteration):07d}" if re.fullmatch("[0-9]{1,10}", iteration) else "release")
         if (inner / METADATA_FILE).exists():
             return _whole(inner)
     raise UserError(

@@ -14,6 +14,8 @@ from megalign.conversion.names import Key
 from megalign.conversion.rules import Rule, Vocab, shard_shape
 from megalign.errors import UserError
 
+_MANY = 20_000  # tensors, looked for where it is known already that something is wrong
+
 
 @dataclass(frozen=True)
 class Index:
@@ -40,13 +42,15 @@ def index_of(reader: TorchDistReader, architecture: Architecture) -> Index:
         named[parsed.pattern].setdefault((parsed.layer, parsed.expert), []).append(name)
         if fault := _fault(name, parsed, rule, reader, architecture, index):
             mis_shaped.append(fault)
-    for rule in rules.values():
-        for key in rule.keys(architecture):
-            found = list(_places(named[rule.megatron], key, architecture))
-            if found:
-                index.places[key] = found
-            else:
-                missing.append(key.name)
+    keys = (key for rule in rules.values() for key in rule.keys(architecture))
+    for number, key in enumerate(keys):
+        if number >= _MANY and (missing or mis_shaped):
+            break  # a config.json of any number of layers
+        found = list(_places(named[key.pattern], key, architecture))
+        if found:
+            index.places[key] = found
+        else:
+            missing.append(key.name)
     faults = {"missing": missing, "unexpected": unexpected, "mis-shaped": mis_shaped}
     told = [f"{fault} tensors: {listing(names)}" for fault, names in faults.items() if names]
     if told:

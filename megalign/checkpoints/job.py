@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from megalign import durable, launch
 from megalign.errors import UserError
+from megalign.output_lock import OutputLock
 
 
 class Job:
@@ -55,32 +56,60 @@ class Job:
 
         What a killed process leaves has a name that begins with a dot, and the next one removes it.
         """
-        refuse_existing(path)
         partial = path.parent / f".{path.name}.partial"
-        self.barrier()  # all have looked
+        with self.claimed(path):
+            try:
+                if self.rank == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir()
+                self.barrier()
+                yield partial
+                self.barrier()
+                if self.rank == 0:
+                    durable.sync_tree(partial)
+                    durable.rename(partial, path)
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise _cannot_write(path, error) from error
+            except UserError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            self.barrier()
+
+    @contextmanager
+    def claimed(self, path: Path) -> Iterator[None]:
+        """`path` is new, and no other job writes it meanwhile; refused on every rank otherwise. A collective."""
+        lock, fault = OutputLock(path, path.parent), None
         try:
             if self.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            self.barrier()
-            yield partial
-            self.barrier()
-            if self.rank == 0:
-                durable.sync_tree(partial)
-                durable.rename(partial, path)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write {path} ({error}); make room or choose another directory") from error
-        except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        self.barrier()
+                fault = _refused(path, lock)
+            if (told := self.first_told(fault)) is not None:
+                raise UserError(told)
+            yield
+        finally:
+            lock.release()
 
 
-def refuse_existing(path: Path) -> None:
-    """An output directory must be new."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose another directory, or remove it")
+def _refused(path: Path, lock: OutputLock) -> str | None:
+    """Why the directory cannot be written; None: the lock is taken, and nothing is there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        # Not before: another job may have been at its end.
+        if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+            kind = " as a link" if path.is_symlink() else ""
+            return f"{path} exists already{kind}; choose another directory, or remove it"
+        if path.exists():
+            path.rmdir()  # an empty one: the new one comes at once, or not
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return str(_cannot_write(path, error))
+    return None
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path} ({error}); make room or choose another directory")
 
 
 class Meter:

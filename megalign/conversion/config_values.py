@@ -56,8 +56,10 @@ def check_values(config: Mapping[str, Any]) -> None:
 def check_layer_types(config: Mapping[str, Any], architecture: Architecture) -> None:
     """UserError where layer_types says otherwise than what the family has read."""
     types = config.get("layer_types")
+    if types is None:
+        return
     computed = [SLIDING if layer in architecture.sliding_layers else FULL for layer in range(architecture.num_layers)]
-    if types is not None and list(types) != computed:
+    if list(types) != computed:
         raise UserError(
             f"config.json's layer_types={types!r} is not what {architecture.family} computes, {computed!r}; set one to "
             "the other, or drop it"

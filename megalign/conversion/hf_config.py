@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megalign.conversion.hf_files import read_config, read_json
+from megalign.conversion.hf_files import CONFIG_FILE, read_config, read_json
 
 GENERATION_FILE = "generation_config.json"
 # What makes a directory loadable besides weights and config.json; copied from the source when it is there.
@@ -49,7 +49,7 @@ def write_companions(
     generation = read_json(file) if file.exists() else None
     if align_special_tokens(config, generation, special_tokens or {}) and generation is not None:
         write_json(target / GENERATION_FILE, generation)
-    write_json(target / "config.json", config)
+    write_json(target / CONFIG_FILE, config)
 
 
 def align_special_tokens(config: dict[str, Any], generation: dict[str, Any] | None, tokens: Mapping[str, int]) -> bool:

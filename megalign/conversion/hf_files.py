@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalign.errors import UserError
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,7 +25,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"model directory {str(path)!r} does not exist; give a local Hugging Face directory")
-    return read_json(directory / "config.json")
+    return read_json(directory / CONFIG_FILE)
 
 
 class HfReader:

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from megalign import durable
 from megalign.conversion.hf_config import COMPANION_FILES, write_companions, write_json
-from megalign.conversion.hf_files import INDEX_FILE, SINGLE_FILE
+from megalign.conversion.hf_files import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from megalign.errors import UserError
+from megalign.output_lock import OutputLock
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class HfDirectory:
-    """A directory that is written under a temporary name; what stands at `path` is whole, or has no index or weights.
+    """A directory that is written under a temporary name; what stands at `path` is whole, or has no config.json.
+
+    One process at a time may: who writes holds the lock.
 
     `special_tokens` (`eos_token_id` and the like) are the tokenizer's, with which the config files must agree.
     """
@@ -74,7 +77,7 @@ class HfDirectory:
             file = f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE_FILE
             weight_map.update(dict.fromkeys(names, file))
             target = self.shard_file(number).rename(self._partial / file)
-            shutil.copymode(self._partial / "config.json", target)  # safetensors makes its files private
+            shutil.copymode(self._partial / CONFIG_FILE, target)  # safetensors makes its files private
         if count > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             write_json(self._partial / INDEX_FILE, index)
@@ -83,8 +86,9 @@ class HfDirectory:
         if not self.path.exists():
             durable.rename(self._partial, self.path)
             return
-        # An older export's index would name the new shards: without it the directory is broken loudly
-        # until the new one, which goes last, is in place.
+        # What stands between an older export and the new one is no model: it has no config.json until all else is in
+        # place, and no index, which would name the new shards.
+        (self.path / CONFIG_FILE).unlink(missing_ok=True)
         (self.path / INDEX_FILE).unlink(missing_ok=True)
         for old in self.path.glob("model*.safetensors"):
             if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
@@ -92,9 +96,11 @@ class HfDirectory:
         for name in COMPANION_FILES:  # an earlier run's chat template would speak for this model
             if not (self._partial / name).exists():
                 (self.path / name).unlink(missing_ok=True)
-        for file in sorted(self._partial.iterdir(), key=lambda file: file.name == INDEX_FILE):
-            file.replace(self.path / file.name)
+        for file in self._partial.iterdir():
+            if file.name != CONFIG_FILE:
+                file.replace(self.path / file.name)
         durable.sync(self.path)
+        durable.rename(self._partial / CONFIG_FILE, self.path / CONFIG_FILE)
         self._partial.rmdir()
 
     @contextmanager
@@ -129,6 +135,10 @@ class HfWriter(HfDirectory):
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = self._total_bytes = 0
         self._dtypes: Counter[torch.dtype] = Counter()
+        self._lock = OutputLock(self.path, self._partial.parent)
+        with self.told():
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
         self.begin()
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -147,6 +157,12 @@ class HfWriter(HfDirectory):
         # A head in fp32 leaves the model what it is.
         dtype = self._dtypes.most_common(1)[0][0] if self._dtypes else None
         self.finish(self._shards, self._total_bytes, dtype)
+        self._lock.release()
+
+    def discard(self) -> None:
+        """See HfDirectory.discard."""
+        super().discard()
+        self._lock.release()
 
     def _write_shard(self) -> None:
         with self.told():

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -103,8 +103,7 @@ class HfExports:
                 self._saving.finish(wait=True)
         target = self._target
         if self._world.rank == 0:
-            for left in self._directory.glob(f".{target.name}.*"):
-                shutil.rmtree(left, ignore_errors=True)
+            _remove(self._directory.glob(f".{target.name}.*"))
         self._step = self._saving = self._converting = self._told = None
         return None if target.is_dir() else target
 
@@ -134,8 +133,7 @@ class HfExports:
     def _clear(self) -> None:
         """What a killed run left, or one that is being repeated."""
         if self._world.rank == 0:
-            for left in (*self._directory.glob(".hf-*"), self._target):
-                shutil.rmtree(left, ignore_errors=True)
+            _remove([*self._directory.glob(".hf-*"), self._target])
 
     def _write_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         if tokenizer is not None and self._world.rank == 0:
@@ -178,6 +176,15 @@ class HfExports:
             raise UserError(
                 f"cannot export {self._target} ({reason}); make room, or leave save_hf_steps out"
             ) from error
+
+
+def _remove(left: Iterable[Path]) -> None:
+    """Directories, and the lock of a conversion that was killed."""
+    for path in left:
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _stand_back(trainer: int) -> None:

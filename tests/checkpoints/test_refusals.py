@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megalign.checkpoints import convert
 from megalign.checkpoints.check import differences
 from megalign.checkpoints.convert import hf_to_megatron, megatron_to_hf
 from megalign.checkpoints.inspect import summary_of
@@ -82,6 +83,17 @@ def test_every_wrong_tensor_of_a_directory_is_named(converted: Converted, tmp_pa
     assert list(tmp_path.iterdir()) == [bad]
 
 
+def test_a_config_of_far_more_layers_is_refused_before_they_are_counted(converted: Converted, tmp_path: Path) -> None:
+    bad = shutil.copytree(converted["llama"][0], tmp_path / "bad")
+    write_json(bad / "config.json", read_config(bad) | {"num_hidden_layers": 10**7, "layer_types": None})
+    # All names would take minutes and more memory than the test may have.
+    with pytest.raises(UserError, match="num_hidden_layers=10000000") as told:
+        hf_to_megatron(bad, tmp_path / "out")
+    assert "missing tensors: model.layers.4.self_attn.q_proj.weight" in str(told.value) and len(str(told.value)) < 1500
+    error = error_of(converted["llama"][1], tmp_path / "out", str(bad))
+    assert "linear_qkv.weight [4, 96, 32] instead of [10000000, 96, 32]" in error
+
+
 @pytest.mark.parametrize("rows", [128, 100])
 def test_rows_behind_the_vocabulary_are_left_out_and_said(rows: int, converted: Converted, tmp_path: Path) -> None:
     """Megatron-LM pads to a multiple of 128 times the tensor ranks; fewer rows than tokens are another model's."""
@@ -133,11 +145,49 @@ def test_a_foreign_checkpoint_needs_a_reference_and_an_old_one_no_longer(convert
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("12\n")
     megatron_to_hf(tmp_path / "run", tmp_path / "out", Path(model))
     assert bits_of(tmp_path / "out") == bits_of(model)
+    for odd in ("\u00b2".encode(), b"\xff\xfe", "\u0663".encode(), b"9" * 5000):
+        (tmp_path / "run/latest_checkpointed_iteration.txt").write_bytes(odd)
+        with pytest.raises(UserError, match="run holds no torch_dist checkpoint"):
+            megatron_to_hf(tmp_path / "run", tmp_path / "odd", Path(model))
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("12\n")
     (tmp_path / "run/iter_0000012/metadata.json").unlink()
     with pytest.raises(UserError, match="not written to its end"):
         megatron_to_hf(tmp_path / "run", tmp_path / "again", Path(model))
     with pytest.raises(UserError, match="out exists already"):
         megatron_to_hf(foreign, tmp_path / "out", Path(model))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_second_conversion_meanwhile_is_refused_and_the_first_is_whole(
+    there: bool, converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, writing = (hf_to_megatron, "write_checkpoint") if there else (megatron_to_hf, "_write_share")
+    mine, other = (Path(converted[family][not there]) for family in ("llama", "qwen2"))
+    write = getattr(convert, writing)
+
+    def write_slowly(*given: Any) -> None:
+        write(*given)
+        monkeypatch.setattr(convert, writing, write)
+        with pytest.raises(UserError, match="out is being written by another process"):
+            tool(other, tmp_path / "out")
+
+    monkeypatch.setattr(convert, writing, write_slowly)
+    tool(mine, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    if there:
+        megatron_to_hf(tmp_path / "out", tmp_path / "back")
+    assert bits_of(tmp_path / ("back" if there else "out")) == bits_of(converted["llama"][0])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_empty_output_gives_way_and_a_link_does_not(there: bool, converted: Converted, tmp_path: Path) -> None:
+    tool, source = (hf_to_megatron if there else megatron_to_hf), Path(converted["llama"][not there])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with pytest.raises(UserError, match="link exists already as a link; choose another directory, or remove it"):
+        tool(source, tmp_path / "link")
+    tool(source, tmp_path / "empty")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "link"} and any((tmp_path / "empty").iterdir())
 
 
 def test_tensors_of_two_dtypes_in_one_of_megatrons_are_refused(converted: Converted, tmp_path: Path) -> None:

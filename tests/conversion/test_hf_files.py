@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.trainer_utils import align_special_tokens as transformers_align
 
+from megalign import durable
 from megalign.conversion.families import architecture_of, rules_of
 from megalign.conversion.hf_config import align_special_tokens
 from megalign.conversion.hf_files import HfReader, read_config
@@ -206,6 +207,34 @@ def test_writing_over_an_older_export_keeps_the_rest_and_drops_its_shards(model_
     assert (target / "metrics.jsonl").read_text() == "kept"
     assert not [path for path in (*target.iterdir(), *tmp_path.iterdir()) if "partial" in path.name]
     check(target)
+
+
+def test_no_config_stands_at_the_target_until_all_else_does(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, sync = write(tmp_path / "out", model_dir, max_shard_size="20KB"), durable.sync
+
+    def fail_in_the_target(path: Path) -> None:
+        if path == target:
+            raise OSError("Input/output error")
+        sync(path)
+
+    monkeypatch.setattr(durable, "sync", fail_in_the_target)
+    with pytest.raises(UserError, match="Input/output error"):
+        write(target, model_dir)
+    assert (target / "model.safetensors").exists() and not (target / "config.json").exists()
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(model_dir: Path, tmp_path: Path) -> None:
+    first = HfWriter(tmp_path / "out", model_dir, max_shard_size="20KB")
+    for name, tensor in load_file(model_dir / "model.safetensors").items():
+        first.add(name, tensor)
+    with pytest.raises(UserError, match="out is being written by another process"):
+        HfWriter(tmp_path / "out", model_dir)
+    first.close()
+    check(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+    write(tmp_path / "out", model_dir)
 
 
 def test_nothing_stands_at_the_target_before_the_end(model_dir: Path, tmp_path: Path) -> None:

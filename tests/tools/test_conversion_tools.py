@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.checkpoints.models import bits_of
 from tests.jobs.inputs import save_model
 from tests.jobs.start import ROOT
 from tests.ranks import run_ranks
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_classifier, save_tiny_model
 from tools import check_conversion, inspect_checkpoint
 from tools.benchmark_convert import Run as Measured
 from tools.benchmark_convert import anonymous_bytes, config_of, make_model, run, summarize
@@ -108,13 +109,16 @@ def exit_status(*words: object) -> int:
     return int(left.value.code)
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
-def test_the_check_passes_what_is_one_model(family: str, tmp_path: Path) -> None:
-    model = save_tiny_model(family, tmp_path / "model")
+@pytest.mark.parametrize(
+    ("save", "family"),
+    [(save_tiny_model, "llama"), (save_tiny_model, "deepseek_v3"), (save_tiny_classifier, "gemma2")],
+)
+def test_the_check_passes_what_is_one_model(save: Callable[..., str], family: str, tmp_path: Path) -> None:
+    model = save(family, tmp_path / "model")
     hf_to_megatron(Path(model), tmp_path / "megatron")
     words = ("--hf", model, "--checkpoint", tmp_path / "megatron", "--tolerance")
     assert run_ranks(1, exit_status, *words, 1e-4) == [0]
-    # Logits of two libraries are not bitwise the same: it is they that fail here.
+    # Logits, or a reward model's scores, of two libraries are not bitwise the same: it is they that fail here.
     assert run_ranks(1, exit_status, *words, 0.0) == [1]
 
 

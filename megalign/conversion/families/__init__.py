@@ -53,19 +53,34 @@ _ODD_CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"} 
 
 def family_of(config: Mapping[str, Any]) -> ModuleType:
     """The family of a config.json's content, whichever head it has."""
-    by_architecture = {family.HF_ARCHITECTURE: family for family in FAMILIES.values()}
-    by_classifier = {_classifier_of(family): family for family in FAMILIES.values()}
+    by_architecture = {family.HF_ARCHITECTURE: kind for kind, family in FAMILIES.items()}
+    by_classifier = {_classifier_of(family): kind for kind, family in FAMILIES.items()}
+    name, told = _class_name(config), config.get("model_type")
     # A config that was never saved with a model has no architecture; its type then says what it is.
-    if config.get("architectures"):
-        name, table = config["architectures"][0], by_architecture | by_classifier
-    else:
-        name, table = config.get("model_type"), FAMILIES
-    if name not in table:
+    kind = told if name is None else (by_architecture | by_classifier).get(name)
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"architecture {name!r} is not supported; megalign has {', '.join(by_architecture)} and their "
+            f"architecture {name or told!r} is not supported; megalign has {', '.join(by_architecture)} and their "
             f"{_CLASSIFIER} (see config.json's 'architectures')"
         )
-    return table[name]
+    if told not in (None, kind):  # transformers goes by the type alone
+        raise UserError(
+            f"config.json's model_type={told!r} contradicts its architectures, {name}, whose type is {kind!r}; copy "
+            "both from the model's original"
+        )
+    return FAMILIES[kind]
+
+
+def _class_name(config: Mapping[str, Any]) -> str | None:
+    """transformers' class, if the config says it."""
+    names = config.get("architectures")
+    if not names:
+        return None
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise UserError(
+            f"config.json's architectures={names!r} must be a list of names; copy it from the model's original"
+        )
+    return names[0]
 
 
 def _classifier_of(family: ModuleType) -> str:
@@ -75,7 +90,7 @@ def _classifier_of(family: ModuleType) -> str:
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether the config.json is of a sequence classifier: a reward model."""
-    return (config.get("architectures") or [""])[0].endswith(_CLASSIFIER)
+    return (_class_name(config) or "").endswith(_CLASSIFIER)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
