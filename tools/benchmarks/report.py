@@ -93,7 +93,8 @@ def plot(report: Report, made_on: str, path: Path) -> None:
     label = next(iter(report.columns.values()))
     names, colors = [label(entry) for entry in report.entries], rcParams["axes.prop_cycle"].by_key()["color"]
     figure = Figure(figsize=(8, 1.2 + 0.45 * len(names)), layout="constrained")
-    axes = figure.add_subplot(title=report.title, xlabel=f"{report.unit}, medians and single values; {made_on}")
+    axes = figure.add_subplot(xlabel=f"{report.unit}, medians and single values; {made_on}")
+    figure.suptitle(report.title, fontsize="medium", wrap=True)
     for place, entry in enumerate(report.entries):
         values = entry[report.bars]
         own = entry.get("engine", "megalign") == "megalign"

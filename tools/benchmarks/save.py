@@ -38,7 +38,7 @@ def measure(engine: TrainEngine, directory: Path, way: str) -> dict[str, float]:
         return time.perf_counter() - started
 
     draw = torch.Generator().manual_seed(0)
-    batch = pack([{"tokens": torch.randint(10, 1000, (128,), generator=draw)}])
+    batch = pack([{"tokens": torch.randint(engine.architecture.vocab_size, (128,), generator=draw)}])
     path = directory / "checkpoint"
     alone = step()
     started = time.perf_counter()
