@@ -23,8 +23,9 @@ from tests.jobs.start import ROOT
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_classifier, save_tiny_model
 from tools import check_conversion, inspect_checkpoint
-from tools.benchmark_convert import Run as Measured
-from tools.benchmark_convert import anonymous_bytes, config_of, make_model, run, summarize
+from tools.benchmarks.convert import Run as Measured
+from tools.benchmarks.convert import config_of, make_model, summarize, watch
+from tools.benchmarks.machine import status_bytes
 
 TOOLS = ("hf_to_megatron", "megatron_to_hf", "check_conversion", "inspect_checkpoint")
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -157,8 +158,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         make_model(model, config_of(layers, 1024, 3584, 16, 8, 32000))
         timed = "import atexit; atexit.register(lambda: print('\\n0 0'))\nimport runpy, sys; sys.argv = sys.argv[1:]\n"
         child = [sys.executable, "-c", timed + "runpy.run_path(sys.argv[0], run_name='__main__')"]
-        there = run([*child, *tool("hf_to_megatron", "--hf", model, "--output", megatron)[1:]])
-        back = run(
+        there = watch([*child, *tool("hf_to_megatron", "--hf", model, "--output", megatron)[1:]])
+        back = watch(
             [*child, *tool("megatron_to_hf", "--checkpoint", megatron, "--output", tmp_path / f"back{layers}")[1:]]
         )
         peaks[layers] = there.peak_anon, back.peak_anon
@@ -176,7 +177,7 @@ def test_the_benchmarks_ratio_is_of_the_copy_beside_it() -> None:
     there = summarize(found, 7 * 10**9, "1b")[1]
     assert there["ratio"] == pytest.approx((1 / 2 + 4 / 5) / 2) and there["cpu_ratio"] == 0.5
     assert there["gb_per_s"] == 2.0 and there["peak_anon"] == 300
-    assert anonymous_bytes(os.getpid()) > 10e6
+    assert status_bytes(os.getpid(), "RssAnon") > 10e6
 
 
 @pytest.mark.parametrize("name", ["hf_to_megatron", "megatron_to_hf"])

@@ -1,7 +1,5 @@
 """How long a checkpoint holds training up: written by the ranks, and by processes beside them (async_save).
 
-    python tools/benchmark.py save --json FILE [--model DIR] [--repetitions 3] [--directory DIR]
-
 One rank in this process, AdamW's state and weights of the model; ways and repetitions alternate. `held` is the time for
 which no step can be taken, `written` the time until the checkpoint is on the disk, `step` a step's beside nothing, or
 beside the writing. Medians over repetitions.
@@ -10,27 +8,25 @@ beside the writing. Medians over repetitions.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from megalign.algos.supervised import sft_loss
 from megalign.config import SFTConfig
 from megalign.data.collate import pack
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.train_engine import TrainEngine
+from tools.benchmarks import machine, report
+from tools.benchmarks.models import found_model
 
-ROOT = Path(__file__).resolve().parents[1]
-WAYS = ("by the rank", "beside it")
+WAYS = ("the rank", "processes beside it")
 
 
 def measure(engine: TrainEngine, directory: Path, way: str) -> dict[str, float]:
@@ -42,7 +38,7 @@ def measure(engine: TrainEngine, directory: Path, way: str) -> dict[str, float]:
         return time.perf_counter() - started
 
     draw = torch.Generator().manual_seed(0)
-    batch = pack([{"tokens": torch.randint(10, 1000, (128,), generator=draw)}])
+    batch = pack([{"tokens": torch.randint(engine.architecture.vocab_size, (128,), generator=draw)}])
     path = directory / "checkpoint"
     alone = step()
     started = time.perf_counter()
@@ -62,32 +58,51 @@ def measure(engine: TrainEngine, directory: Path, way: str) -> dict[str, float]:
     return {"held": held, "written": written, "step": alone, "step beside": beside, "GB": nbytes / 1e9}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--model", type=Path, default=ROOT / "quickstart/smollm2", help="Hugging Face directory")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="where checkpoints go; the system's temporary one if not given")
-    options = parser.parse_args(arguments)
+def summarize(found: Mapping[str, Sequence[Mapping[str, float]]]) -> list[report.Entry]:
+    """One entry a way; its ratio is the seconds that the rank's own writing held up, by its own."""
+    held = {way: [run["held"] for run in found[way]] for way in WAYS}
+    return [
+        {
+            "job": "save",
+            "what": way,
+            **{name: statistics.median(run[name] for run in found[way]) for name in found[way][0]},
+            "median_s": statistics.median(held[way]),
+            "seconds": held[way],
+            "ratio": report.median_ratio(held[WAYS[0]], held[way]),
+        }
+        for way in WAYS
+    ]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, shows, writes."""
+    options.model = found_model(options.model)
+    torch.set_num_threads(options.threads)
     args = SFTConfig(output_dir="unused", bf16=False)
     engine = TrainEngine(str(options.model), args, initialize(args))
-    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    limits, console = [], report.console()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         measure(engine, Path(directory), WAYS[0])  # warm-up
-        for _ in range(options.repetitions):
+        for number in range(1, options.repetitions + 1):
             for way in WAYS:
-                results[way].append(measure(engine, Path(directory), way))
-    medians: dict[str, Any] = {
-        way: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for way, runs in results.items()
-    }
-    options.json.write_text(json.dumps({"medians": medians, "runs": results}, indent=1))
-    table = Table("written", *next(iter(medians.values())))
-    for way, values in medians.items():
-        table.add_row(way, *(f"{value:.2f}" for value in values.values()))
-    Console().print(table)
+                found[way].append(measure(engine, Path(directory), way))
+            limits.append(machine.measure_limits("float32"))
+            told = "  ".join(f"{way}: held {runs[-1]['held']:.2f} s" for way, runs in found.items())
+            console.print(f"[dim]{number}/{options.repetitions}  {told}")
+
+    def seconds(name: str) -> Any:
+        return lambda entry: f"{entry[name]:.2f}"
+
+    shown = report.Report(
+        title=f"save: {options.model.name}, medians of {options.repetitions}",
+        entries=summarize(found),
+        columns={
+            "by": lambda entry: entry["what"],
+            **{name: seconds(name) for name in ("held", "written", "step", "step beside", "GB")},
+            "x held": seconds("ratio"),
+        },
+        limits=limits,
+    )
+    report.finish(shown, options, console)
     end_distributed()
-
-
-if __name__ == "__main__":
-    main()

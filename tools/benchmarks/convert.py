@@ -1,6 +1,4 @@
-"""Times both conversions beside a plain copy of the same files, and samples their memory.
-
-    python tools/benchmark.py convert --json FILE [--shape 1b|2b|8b] [--repetitions 3] [--directory DIR]
+"""Both conversions beside a plain copy of the same files, and their memory.
 
 The model is made here: random weights of a Llama's shapes in bf16, in files of 5 GB. Each of copy, hf_to_megatron and
 megatron_to_hf is a process of its own, one after the other in each repetition, so that a machine that slows down slows
@@ -25,14 +23,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+import torch
+from rich.console import Console
+
+from megalign.checkpoints.hf_stream import Entry, split_into_shards, write_shard
+from megalign.conversion.families import architecture_of, rules_of
+from megalign.conversion.rules import hf_shapes
+from megalign.errors import UserError
+from tools.benchmarks import report
+from tools.benchmarks.machine import Limits, measure_limits, status_bytes
+from tools.benchmarks.models import ROOT, SHAPES
+
 WHATS = ("copy", "hf_to_megatron", "megatron_to_hf")
-# layers, hidden, feed-forward, heads, key/value heads, vocabulary
-SHAPES = {
-    "1b": (16, 2048, 8192, 32, 8, 128256),
-    "2b": (40, 2048, 8192, 32, 8, 128256),
-    "8b": (32, 4096, 14336, 32, 8, 128256),
-}
 _COPY = """
 target, *files = sys.argv[1:]
 for file in files:
@@ -84,12 +86,6 @@ def config_of(
 
 def make_model(path: Path, config: dict[str, Any], max_shard_size: int = 5 * 10**9) -> int:
     """Writes a model of random bits, tensor by tensor; returns its bytes."""
-    import torch
-
-    from megalign.checkpoints.hf_stream import Entry, split_into_shards, write_shard
-    from megalign.conversion.families import architecture_of, rules_of
-    from megalign.conversion.rules import hf_shapes
-
     architecture = architecture_of(config)
     shapes = hf_shapes(rules_of(architecture), architecture)
     block = torch.randint(-(2**15), 2**15, (1 << 22,), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
@@ -110,28 +106,19 @@ def make_model(path: Path, config: dict[str, Any], max_shard_size: int = 5 * 10*
     return sum(entry.nbytes for entries in shards for entry in entries)
 
 
-def run(command: Sequence[str]) -> Run:
+def watch(command: Sequence[str]) -> Run:
     """A child's seconds, and the largest RssAnon that was seen; its output is shown when it fails."""
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     peak = 0
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environ, text=True)
     while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
+        peak = max(peak, status_bytes(process.pid, "RssAnon"))
         time.sleep(_SAMPLE_S)
     output, _ = process.communicate()
     if process.returncode:
-        sys.exit(f"megalign: error: {' '.join(command[:3])} ended with {process.returncode}: {output}")
+        raise UserError(f"{' '.join(command[:3])} ended with {process.returncode}: {output}")
     seconds, cpu_seconds = map(float, output.splitlines()[-1].split())
     return Run(seconds, cpu_seconds, peak)
-
-
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon; 0 of a process that has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
 
 
 def commands(model: Path, scratch: Path) -> dict[str, list[str]]:
@@ -149,19 +136,24 @@ def commands(model: Path, scratch: Path) -> dict[str, list[str]]:
     }
 
 
-def measure(model: Path, repetitions: int) -> dict[str, list[Run]]:
-    """The runs of each; what they write is removed at once, but for what the next one reads."""
+def measure(model: Path, repetitions: int, console: Console) -> tuple[dict[str, list[Run]], list[Limits]]:
+    """The runs of each, and the machine's limits after each round.
+
+    What they write is removed at once, but for what the next one reads.
+    """
     found: dict[str, list[Run]] = {what: [] for what in WHATS}
+    limits = []
     for _ in range(repetitions):
         with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
             (Path(scratch) / "copy").mkdir()
             for what, command in commands(model, Path(scratch)).items():
-                found[what].append(run(command))
+                found[what].append(watch(command))
                 own = found[what][-1]
-                print(f"{what}: {own.seconds:.1f} s, of CPU {own.cpu_seconds:.1f} s", file=sys.stderr)
+                console.print(f"[dim]{what}: {own.seconds:.1f} s, of CPU {own.cpu_seconds:.1f} s")
                 if what == "copy":
                     shutil.rmtree(Path(scratch) / "copy")
-    return found
+        limits.append(measure_limits("bfloat16"))
+    return found, limits
 
 
 def summarize(found: dict[str, list[Run]], nbytes: int, shape: str) -> list[dict[str, Any]]:
@@ -177,6 +169,7 @@ def summarize(found: dict[str, list[Run]], nbytes: int, shape: str) -> list[dict
                 "shape": shape,
                 "bytes": nbytes,
                 "median_s": median,
+                "seconds": [own.seconds for own in runs],
                 "gb_per_s": nbytes / 1e9 / median,
                 "ratio": statistics.median(copy.seconds / own.seconds for copy, own in pairs),
                 "cpu_ratio": statistics.median(copy.cpu_seconds / own.cpu_seconds for copy, own in pairs),
@@ -186,25 +179,24 @@ def summarize(found: dict[str, list[Run]], nbytes: int, shape: str) -> list[dict
     return entries
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, help="file for the list of results")
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="1b")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="where the files go, four times the model's size")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> None:
+    """Measures, shows, writes."""
+    console = report.console()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         model = Path(directory) / "model"
         nbytes = make_model(model, config_of(*SHAPES[options.shape]))
-        entries = summarize(measure(model, options.repetitions), nbytes, options.shape)
-    options.json.write_text(json.dumps(entries, indent=1) + "\n")
-    for entry in entries:
-        print(
-            f"{entry['what']:15} {entry['median_s']:8.1f} s {entry['gb_per_s']:6.2f} GB/s  {entry['ratio']:.2f} of the "
-            f"copy's speed (by CPU seconds {entry['cpu_ratio']:.2f}), RssAnon at most {entry['peak_anon'] / 1e9:.2f} GB"
-        )
-
-
-if __name__ == "__main__":
-    main()
+        found, limits = measure(model, options.repetitions, console)
+    shown = report.Report(
+        title=f"convert: Llama {options.shape}, {nbytes / 1e9:.1f} GB, medians of {options.repetitions}",
+        entries=summarize(found, nbytes, options.shape),
+        columns={
+            "what": lambda entry: entry["what"],
+            "s": lambda entry: f"{entry['median_s']:.1f}",
+            "GB/s": lambda entry: f"{entry['gb_per_s']:.2f}",
+            "x copy": lambda entry: f"{entry['ratio']:.2f}",
+            "by CPU s": lambda entry: f"{entry['cpu_ratio']:.2f}",
+            "RssAnon GB": lambda entry: f"{entry['peak_anon'] / 1e9:.2f}",
+        },
+        limits=limits,
+    )
+    report.finish(shown, options, console)
