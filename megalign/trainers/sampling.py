@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megalign.batch import Completion
-from megalign.data.rows import ROW_NUMBER
+from megalign.data.rows import ROW_NUMBER, numbers_of
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.resharding.sync import sync_weights
@@ -96,7 +96,7 @@ class Sampling:
                 self._restart(failure, place)
         for completion, row in zip(completions, rows, strict=True):
             completion.row = {name: value for name, value in row.items() if name not in ("prompt_ids", ROW_NUMBER)}
-            completion.row_number = row.get(ROW_NUMBER)
+            (completion.row_number,) = numbers_of(row)
         return completions
 
     def _completions(self, ids: list[list[int]], seeds: list[int], place: Place) -> list[Completion]:
