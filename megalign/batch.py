@@ -29,7 +29,7 @@ class Batch:
     unpadded_lengths: Tensor | None = None  # [S] int64, where sequences have pads at their ends
     token_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [T] each
     sequence_columns: Mapping[str, Tensor] = field(default_factory=dict)  # [S] each
-    rows: tuple[int, ...] = ()  # of the dataset, where they are known: for what is said about the batch
+    rows: tuple[int, ...] = ()  # of the user's dataset, where they are known: for what is said about the batch
     shared: tuple[int, ...] = ()  # tokens that each sequence begins with as the one before it (data/prefixes.py)
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class Completion:
     policy_version: int  # optimizer steps taken by the policy that sampled it
     completion_mask: list[bool] = field(default_factory=list)  # False where a tool wrote the token
     row: Mapping[str, Any] = field(default_factory=dict)  # the dataset row's other columns
-    row_number: int | None = None  # in the dataset
+    row_number: int | None = None  # in the user's dataset
 
     def __post_init__(self) -> None:
         if not self.completion_mask:

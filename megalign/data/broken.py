@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from transformers.utils import logging
 
-from megalign.data.rows import Row
+from megalign.data.rows import ROW_NUMBER, Row
 from megalign.errors import UserError
 
 logger = logging.get_logger(__name__)
@@ -54,22 +54,23 @@ def map_rows(
     num_proc: int | None = None,
     keep_columns: bool = False,
 ) -> Dataset:
-    """`function(row, index, **options)` of each row, as columns of these `features`.
+    """`function(row, index, **options)` of each row, as columns of these `features`, and the row's number (ROW_NUMBER).
 
     A row that it refuses is an error or, with `skipped`, is left out and noted there.
     """
-    kept = {name: kind for name, kind in dataset.features.items() if keep_columns and name != BROKEN}
+    kept = {name: kind for name, kind in dataset.features.items() if keep_columns and name not in (BROKEN, ROW_NUMBER)}
     arguments: dict[str, Any] = {
         "with_indices": True,
         "remove_columns": [name for name in dataset.column_names if name not in kept],
         "num_proc": num_proc,
         "desc": desc,
     }
-    columns = {**kept, **features}
+    columns = {**kept, **features, ROW_NUMBER: Value("int64")}
+    calling = {"function": function, "options": dict(options)}
     try:
         if skipped is None:
-            return dataset.map(function, fn_kwargs=dict(options), features=Features(columns), **arguments)
-        judging = {"function": function, "options": dict(options), "names": list(features)}
+            return dataset.map(_numbered, fn_kwargs=calling, features=Features(columns), **arguments)
+        judging = {**calling, "names": list(features)}
         judged = dataset.map(
             _judged, fn_kwargs=judging, features=Features({**columns, _REFUSED: Value("string")}), **arguments
         )
@@ -84,6 +85,12 @@ def map_rows(
     return judged.remove_columns(_REFUSED)
 
 
+def _numbered(
+    row: Row, index: int, *, function: Callable[..., Mapping[str, Any]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {**function(row, index, **options), ROW_NUMBER: index}
+
+
 def _judged(
     row: Row, index: int, *, function: Callable[..., Mapping[str, Any]], options: Mapping[str, Any], names: list[str]
 ) -> dict[str, Any]:
@@ -92,12 +99,12 @@ def _judged(
     if reason is None:
         try:
             good = {name: value for name, value in row.items() if name != BROKEN}
-            return {**function(good, index, **options), _REFUSED: None}
+            return {**_numbered(good, index, function=function, options=options), _REFUSED: None}
         except UserError as error:
             reason = str(error)
     else:
         reason = f"dataset row {index}: {reason}"
-    return {**dict.fromkeys(names), _REFUSED: reason}
+    return {**dict.fromkeys(names), ROW_NUMBER: index, _REFUSED: reason}
 
 
 def _first_undecodable(dataset: Dataset) -> int:

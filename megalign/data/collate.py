@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -97,7 +96,7 @@ def packed_share(
         waiting = imbalance(units, dealt)
         parts = [[rows[number] for number in part] for part in dealt[groups.dp.rank]]
     sizes = {"multiple": groups.token_multiple, "sequence_multiple": groups.sequence_multiple}
-    return Share([(part, replace(pack(sequences_of(part), **sizes), rows=tuple(part))) for part in parts], waiting)
+    return Share([(part, pack(sequences_of(part), **sizes)) for part in parts], waiting)
 
 
 def _units(

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from datasets import Dataset
 
+from megalign.data.rows import ROW_NUMBER
+
 Strategy = Literal["bfd", "bfd_split", "wrapped"]
 
 ROWS_AT_A_TIME = 1000
@@ -93,27 +95,29 @@ def _wrapped(lengths: Sequence[int], max_length: int) -> list[list[Piece]]:
 
 def pack_dataset(dataset: Dataset, max_length: int, strategy: Strategy) -> Dataset:
     """Rows of input_ids and loss_mask -> packs with the same columns and `seq_lengths`, those of its
-    sequences.
+    sequences, and with the numbers of the rows that they are made of.
 
     Every 1000 rows are packed among themselves. In bfd and bfd_split a pack's sequences do not see each
     other; in wrapped a pack is one sequence, whatever rows it was cut from.
     """
 
-    def pack(rows: Mapping[str, list[list[Any]]]) -> dict[str, list[list[Any]]]:
+    def pack(rows: Mapping[str, list[Any]]) -> dict[str, list[list[Any]]]:
         packs = row_packs([len(ids) for ids in rows["input_ids"]], max_length, strategy)
-        packed: dict[str, list[list[Any]]] = {name: [] for name in (*rows, "seq_lengths")}
+        packed: dict[str, list[list[Any]]] = {name: [] for name in (*columns, ROW_NUMBER, "seq_lengths")}
         for sequences in packs:
             pieces = [piece for sequence in sequences for piece in sequence]
-            for name, column in rows.items():
-                parts = (column[piece.row][piece.start : piece.stop] for piece in pieces)
+            for name in columns:
+                parts = (rows[name][piece.row][piece.start : piece.stop] for piece in pieces)
                 packed[name].append([value for part in parts for value in part])
+            packed[ROW_NUMBER].append([rows[ROW_NUMBER][piece.row] for piece in pieces])
             lengths = [sum(piece.stop - piece.start for piece in sequence) for sequence in sequences]
             packed["seq_lengths"].append(lengths)
         return packed
 
     columns = ["input_ids", "loss_mask"]
-    return dataset.select_columns(columns).map(
-        pack, batched=True, batch_size=ROWS_AT_A_TIME, remove_columns=columns, desc="Packing"
+    read = [*columns, ROW_NUMBER]
+    return dataset.select_columns(read).map(
+        pack, batched=True, batch_size=ROWS_AT_A_TIME, remove_columns=read, desc="Packing"
     )
 
 

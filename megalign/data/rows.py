@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
-from datasets import List, Value
+import numpy as np
+from datasets import Dataset, List, Value
 
 from megalign.errors import UserError
 
@@ -15,6 +16,20 @@ Row = Mapping[str, Any]
 
 # Said, not inferred: the first rows may be empty, and rows of other types would then be refused.
 TOKENS, MASK = List(Value("int64")), List(Value("bool"))
+
+# The column of prepared rows that says which rows of the user's dataset they are: preparing leaves rows out, takes them
+# apart and shuffles them. A number or, of a pack, a list of them; only for what is said, nothing is computed from it.
+ROW_NUMBER = "megalign_row"
+
+
+def numbers_of(row: Row) -> list[int]:
+    """Which rows of the user's dataset the prepared row is made of."""
+    return np.ravel(row[ROW_NUMBER]).tolist()  # numpy's or torch's, where the dataset's format is theirs
+
+
+def without_numbers(rows: Dataset) -> Dataset:
+    """What of prepared rows is learnt from."""
+    return rows.remove_columns(ROW_NUMBER) if ROW_NUMBER in rows.column_names else rows
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def _cut(rows: Dataset, args: Any) -> Dataset:
         return rows
     kept = slice(-max_length, None) if args.truncation_mode == "keep_end" else slice(max_length)
     return rows.map(
-        lambda row: {name: values[kept] for name, values in row.items()},
+        lambda row: {name: row[name][kept] for name in ("input_ids", "loss_mask")},
         num_proc=args.dataset_num_proc,
         desc="Cutting",
     )

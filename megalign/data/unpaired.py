@@ -20,13 +20,14 @@ from megalign.data.completions import (
     whole_tokens,
 )
 from megalign.data.pairs import Tokenizer, check_columns, pair_of, without_empty
-from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed, needed_ids
+from megalign.data.rows import MASK, ROW_NUMBER, TOKENS, Row, check_tokens, naming_row, needed, needed_ids
 from megalign.errors import UserError
 
 ROWS_AT_A_TIME = 1000
 """Pairs that are taken apart together, all chosen before all rejected: datasets' batch size in map, hence TRL's."""
 
 _ANSWERS = {"prompt_ids": TOKENS, "completion_ids": TOKENS, "desirable": Value("bool")}
+_NUMBER = {ROW_NUMBER: Value("int64")}
 _SEQUENCES = {"input_ids": TOKENS, "loss_mask": MASK}
 
 
@@ -64,7 +65,7 @@ def prepare_unpaired(
         _one_by_one,
         batched=True,
         batch_size=ROWS_AT_A_TIME,
-        features=Features(_ANSWERS),
+        features=Features(_ANSWERS | _NUMBER),
         desc="Taking pairs apart",
     )
     kept = without_empty(single, "completion_ids", args.max_length)
@@ -82,7 +83,7 @@ def prepare_unpaired(
             "for_one_alone": kept[len(kept) - 2]["completion_ids"] if is_last_alone else None,
         },
         remove_columns=["prompt_ids", "completion_ids"],
-        features=Features({"desirable": Value("bool"), **_SEQUENCES, **mismatched}),
+        features=Features({"desirable": Value("bool"), **_NUMBER, **_SEQUENCES, **mismatched}),
         desc="Joining prompts and completions",
     )
 
@@ -140,11 +141,14 @@ def _completed(prompt: Words, completion: Words, row: Row, tokenizer: PreTrained
     return Completed(ids, completion_start(prompt_tokens(prompt, row, tokenizer), ids, tokenizer=tokenizer))
 
 
-def _one_by_one(rows: Mapping[str, list[list[Any]]]) -> dict[str, list[Any]]:
-    """The first answers of all rows, then the second."""
+def _one_by_one(rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """The first answers of all rows, then the second, each with its row's number."""
+    counts = [len(answers) for answers in rows["desirable"]]
+    columns = {name: rows[name] for name in _ANSWERS}
+    columns[ROW_NUMBER] = [[number] * count for number, count in zip(rows[ROW_NUMBER], counts, strict=True)]
     return {
         name: [answers[place] for place in range(2) for answers in column if len(answers) > place]
-        for name, column in rows.items()
+        for name, column in columns.items()
     }
 
 

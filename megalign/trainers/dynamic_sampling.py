@@ -14,7 +14,7 @@ from torch import Tensor
 from megalign.algos.advantages import combined_rewards
 from megalign.data.sampler import EpochSampler
 from megalign.rollout.rewards import RewardResult
-from megalign.trainers.sampling import Sampled, numbered_row
+from megalign.trainers.sampling import Sampled
 
 Draw = Callable[[list[dict[str, Any]], int], Sampled]  # prompts, number of the drawing in its round
 
@@ -37,7 +37,7 @@ class Refill:
         sampler.load_state_dict(self._position)
         drawn, limit = [first], self._args.dynamic_sampling_max_rounds
         while len(kept := self._informative(drawn)) < num_groups and len(drawn) < limit:
-            drawn.append(draw([numbered_row(prompts, row) for row in next(sampler)], len(drawn)))
+            drawn.append(draw([prompts[row] for row in next(sampler)], len(drawn)))
         self._position = sampler.state_dict()
         groups = [(part, group) for part, one in enumerate(drawn) for group in range(self._num_groups(one))]
         chosen = [*kept, *(group for group in groups if group not in set(kept))][:num_groups]

@@ -134,7 +134,6 @@ class ExperienceMaker:
         micro_batch = self.args.per_device_train_batch_size
         numbers = range(len(sequences))
         share = packed_share(numbers, sequences_of, self.groups, micro_batch=micro_batch, budget=self.budget)
-        # The numbers that packed_share knows are of sequences.
         return replace(
             parts[0],
             batches=[

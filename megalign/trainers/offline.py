@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -12,6 +13,7 @@ from megalign.batch import Batch
 from megalign.data.balance import Budget
 from megalign.data.chat import adapt_tokenizer, load_tokenizer
 from megalign.data.collate import packed_share
+from megalign.data.rows import ROW_NUMBER, numbers_of
 from megalign.data.sampler import EpochSampler
 from megalign.train_engine import StepResult
 from megalign.trainers.base import Trainer
@@ -97,4 +99,9 @@ class OfflineTrainer(Trainer):
         share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch, budget=budget)
         if share.imbalance is not None:
             self.run.window.add({"perf/imbalance": share.imbalance})
-        return self.with_columns([batch for _, batch in share.microbatches], rows, dataset)
+        numbered = dataset.select_columns(ROW_NUMBER)
+        batches = [
+            replace(batch, rows=tuple(number for row in part for number in numbers_of(numbered[row])))
+            for part, batch in share.microbatches
+        ]
+        return self.with_columns(batches, rows, dataset)

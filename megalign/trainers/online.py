@@ -31,7 +31,7 @@ from megalign.trainers.experience import (
 from megalign.trainers.reference import Reference
 from megalign.trainers.reporting import print_completions, unique_prompts, write_completions
 from megalign.trainers.rewarding import Rewarding
-from megalign.trainers.sampling import Place, Sampled, Sampling, numbered_row
+from megalign.trainers.sampling import Place, Sampled, Sampling
 
 ONLINE_REFUSED = {
     "tools": "tool calls are not built yet; completions are one turn",
@@ -343,7 +343,7 @@ class OnlineTrainer(Trainer):
         )
         sampler.load_state_dict({"epoch": epoch, "position": first // self.updates_per_round})
         for number in range(sampler.position, sampler.batches_per_epoch):
-            prompts = [numbered_row(self.train_rows, row) for row in next(sampler)]
+            prompts = [self.train_rows[row] for row in next(sampler)]
             yield epoch * sampler.batches_per_epoch + number, prompts
 
     def reward_sources(self) -> list[Any]:

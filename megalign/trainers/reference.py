@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from megalign.batch import Batch
 from megalign.data.collate import packed_share
+from megalign.data.rows import ROW_NUMBER, without_numbers
 from megalign.errors import UserError
 from megalign.parallel.control import barrier
 from megalign.parallel.groups import ParallelGroups
@@ -66,8 +67,9 @@ class Reference:
         """The rows with a list column of logprobs for each of `columns`, computed once and kept in output_dir.
 
         A column's function says which of the row's sequences it is of. Collective; `dataset` must be the same on
-        every rank.
+        every rank. Rows that are numbered otherwise than when the logprobs were computed keep their numbers.
         """
+        numbers, dataset = dataset.select_columns(ROW_NUMBER), without_numbers(dataset)
         path, is_there = self._place(dataset, columns)
         if not is_there:
             found = {name: self._logprobs(dataset, sequence, batch_size) for name, sequence in columns.items()}
@@ -78,7 +80,7 @@ class Reference:
             raise UserError(
                 f"output_dir={self._args.output_dir!r} is not shared by all nodes ({path} is missing); use one that is"
             )
-        return load_from_disk(str(path))
+        return concatenate_datasets([load_from_disk(str(path)), numbers], axis=1)
 
     def _key(self, dataset: Dataset, columns: Mapping[str, RowSequence]) -> str:
         """Changes with the rows, the model's files and the dtype: stale logprobs are never taken for fresh ones."""

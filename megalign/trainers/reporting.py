@@ -53,7 +53,11 @@ class MetricsWindow:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, one write a line, so that a reader never sees half a line."""
+    """`metrics.jsonl`: one JSON object a line, one write a line, so that a reader never sees half a line.
+
+    A value that is not finite, a skipped step's loss for example, is null there: JSON has no NaN, and most readers
+    refuse it.
+    """
 
     def __init__(self, output_dir: str, *, active: bool) -> None:
         self.path = Path(output_dir) / "metrics.jsonl"
@@ -83,7 +87,7 @@ class MetricsFile:
         if not self.active:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = (json.dumps(line) + "\n").encode()
+        data = (json.dumps({name: _in_json(value) for name, value in line.items()}, allow_nan=False) + "\n").encode()
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -140,6 +144,10 @@ def unique_prompts(table: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     for row, prompt in enumerate(table["prompt"]):
         first.setdefault(repr(prompt), row)
     return {name: [values[row] for row in first.values()] for name, values in table.items()}
+
+
+def _in_json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _mean(values: Iterable[float], *, keep_all: bool) -> float | None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
 
 from megalign.batch import Completion
+from megalign.data.rows import ROW_NUMBER, numbers_of
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.resharding.sync import sync_weights
@@ -19,8 +19,6 @@ from megalign.rollout.rewards import RewardResult
 from megalign.train_engine import TrainEngine
 from megalign.trainers.rewarding import Rewarding
 from megalign.trainers.run import Run
-
-ROW_NUMBER = "megalign/row"  # key of a prompt's row number in the dataset, beside the row's own columns
 
 
 class Sampled(NamedTuple):
@@ -98,7 +96,7 @@ class Sampling:
                 self._restart(failure, place)
         for completion, row in zip(completions, rows, strict=True):
             completion.row = {name: value for name, value in row.items() if name not in ("prompt_ids", ROW_NUMBER)}
-            completion.row_number = row.get(ROW_NUMBER)
+            (completion.row_number,) = numbers_of(row)
         return completions
 
     def _completions(self, ids: list[list[int]], seeds: list[int], place: Place) -> list[Completion]:
@@ -136,11 +134,6 @@ class Sampling:
         options = {"group_size": num_generations, "trainer_state": self._run.state}
         with self._run.phases("reward"):
             return self._rewards(completions, prompts, texts, **options)
-
-
-def numbered_row(rows: Dataset, number: int) -> dict[str, Any]:
-    """A row to sample for, which knows where in the dataset it stands."""
-    return {**rows[number], ROW_NUMBER: number}
 
 
 def completion_seeds(seed: int, place: Place, count: int) -> list[int]:

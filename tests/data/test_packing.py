@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trl import pack_dataset as trl_pack_dataset
 
 from megalign.data.packing import pack_dataset, row_packs
+from megalign.data.rows import ROW_NUMBER
 
 STRATEGIES = ("bfd", "bfd_split", "wrapped")
 FEATURES = Features({"input_ids": List(Value("int64")), "loss_mask": List(Value("bool"))})
@@ -29,7 +30,10 @@ def rows_of(lengths: list[int]) -> Dataset:
 def assert_equal_to_trls(lengths: list[int], max_length: int, strategy: str) -> None:
     rows = rows_of(lengths)
     theirs = trl_pack_dataset(rows, max_length, strategy).to_dict()
-    ours = pack_dataset(rows, max_length, strategy).to_dict()
+    numbers = [7 + row for row in range(len(lengths))]
+    ours = pack_dataset(rows.add_column(ROW_NUMBER, numbers), max_length, strategy).to_dict()
+    told, seen = ours.pop(ROW_NUMBER), [[7 + token // 1000 for token in ids] for ids in ours["input_ids"]]
+    assert [sorted(numbers) for numbers in told] == [sorted(set(numbers)) for numbers in seen]
     if strategy == "wrapped":
         theirs["seq_lengths"] = [[len(ids)] for ids in theirs["input_ids"]]
     assert ours == theirs

@@ -23,6 +23,7 @@ from megalign.data.preference import (
     sequences_of_pair,
     sequences_of_reward_pair,
 )
+from megalign.data.rows import ROW_NUMBER, without_numbers
 from megalign.errors import UserError
 from tests.data.preference_rows import (
     AIR,
@@ -53,7 +54,8 @@ TOKENIZED = [
 
 
 def ours(kind: str, rows: Rows, template: str | None = CHATML, **fields: Any) -> Rows:
-    return list(PREPARE[kind](Dataset.from_list(rows), make_tokenizer(template), CONFIGS[kind](**fields)))
+    prepared = PREPARE[kind](Dataset.from_list(rows), make_tokenizer(template), CONFIGS[kind](**fields))
+    return list(without_numbers(prepared))
 
 
 def theirs(kind: str, rows: Rows, template: str = CHATML, **fields: Any) -> Rows:
@@ -123,7 +125,7 @@ def test_what_a_tokenizer_adds_by_itself_is_as_in_trl(kind: str) -> None:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|begin_of_text|> $A </s>", special_tokens=special
     )
-    rows = list(PREPARE[kind](Dataset.from_list(PAIRS["text"]), tokenizer, CONFIGS[kind]()))
+    rows = list(without_numbers(PREPARE[kind](Dataset.from_list(PAIRS["text"]), tokenizer, CONFIGS[kind]())))
     assert rows == TRL[kind](PAIRS["text"], tokenizer, CONFIGS[kind]())
     assert all(row["chosen_ids"][0] == special[0][1] for row in rows)
     assert all((row["chosen_ids"][-1] == special[1][1]) == (kind != "orpo") for row in rows)
@@ -188,14 +190,15 @@ def test_masks_need_no_generation_marks(form: str) -> None:
 def test_tokenized_pairs_are_cut_as_trls_collator_does(length: int | None, mode: str) -> None:
     args = DPOConfig(max_length=length, truncation_mode=mode)
     fits = [row for row in TOKENIZED if mode == "keep_end" or length is None or len(row["prompt_ids"]) < length]
-    rows = list(prepare_pairs(Dataset.from_list(TOKENIZED), None, args))
-    assert rows == collated_pairs(fits, args)
+    rows = prepare_pairs(Dataset.from_list(TOKENIZED), None, args)
+    assert list(without_numbers(rows)) == collated_pairs(fits, args)
+    assert [TOKENIZED[number] for number in rows[ROW_NUMBER]] == fits
 
 
 def test_tokenized_reward_pairs_are_taken_as_they_are() -> None:
     rows = [{"chosen_ids": [5, 6], "rejected_ids": [7, 8, 9], "margin": 1}]
     expected = [{"chosen_ids": [5, 6], "rejected_ids": [7, 8, 9], "margin": 1.0}]
-    assert list(prepare_reward_pairs(Dataset.from_list(rows), None, RewardConfig())) == expected
+    assert list(without_numbers(prepare_reward_pairs(Dataset.from_list(rows), None, RewardConfig()))) == expected
 
 
 def test_rows_of_messages_and_of_text_may_follow_on_long_ones() -> None:

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from megalign.config import GRPOConfig
 from megalign.data.prompts import prepare_prompts
+from megalign.data.rows import without_numbers
 from megalign.errors import UserError
 from tests.data.tokenizers_made_here import TEMPLATES, make_tokenizer, unmarked
 
@@ -19,7 +20,7 @@ TEMPLATE = unmarked(TEMPLATES["chatml"])
 def prepared(rows: list[dict[str, Any]], template: str = TEMPLATE, **fields: Any) -> list[dict[str, Any]]:
     limits = {name: fields.pop(name) for name in ("max_positions", "vocab_size") if name in fields}
     args = GRPOConfig(**fields)
-    return list(prepare_prompts(Dataset.from_list(rows), make_tokenizer(template), args, **limits))
+    return list(without_numbers(prepare_prompts(Dataset.from_list(rows), make_tokenizer(template), args, **limits)))
 
 
 def test_messages_end_with_the_generation_prompt_and_other_columns_are_kept() -> None:

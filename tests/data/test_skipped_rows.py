@@ -16,6 +16,7 @@ from megalign.config import SFTConfig
 from megalign.data import table
 from megalign.data.broken import BROKEN, Skipped
 from megalign.data.reading import load_rows, load_split
+from megalign.data.rows import ROW_NUMBER, without_numbers
 from megalign.data.table import as_table, take_rows
 from megalign.errors import UserError
 from tests.data.fuzzed_rows import FORMATS, VOCAB
@@ -56,18 +57,20 @@ PLAIN = {"SFT": "prompt and completion", "Reward": "text without a prompt", "DPO
 @pytest.mark.parametrize("kind", BAD)
 def test_each_trainers_rows_are_the_good_ones(kind: str, said: list[str]) -> None:
     good, reader = FORMATS[kind][PLAIN[kind]], reader_of(kind, first)
+    numbers: list[int] = []
 
     def prepared(rows: list[dict[str, Any]], **more: Any) -> list[dict[str, Any]]:
-        found = reader.of_table(
-            as_table(rows), TOKENIZERS[0], reader.args, vocab_size=VOCAB, **reader.more, **more
-        ).to_list()
-        return [{name: value for name, value in row.items() if not name.startswith("kl_")} for row in found]
+        found = reader.of_table(as_table(rows), TOKENIZERS[0], reader.args, vocab_size=VOCAB, **reader.more, **more)
+        numbers[:] = found[ROW_NUMBER]
+        kept = without_numbers(found).to_list()
+        return [{name: value for name, value in row.items() if not name.startswith("kl_")} for row in kept]
 
     rows = [good, BAD[kind], good, *[BAD[kind]] * 3]
     with pytest.raises(UserError, match="dataset row 1: "):
         prepared(rows)
     skipped = Skipped()
-    assert prepared(rows, skipped=skipped) == prepared([good, good])
+    alone = prepared([good, good])
+    assert prepared(rows, skipped=skipped) == alone and numbers == [0, 2]
     assert (skipped.count, skipped.total) == (4, 6)
     (line,) = said
     assert line.startswith("4 of 6 rows are left out (skip_bad_rows): dataset row 1: ") and line.endswith(

@@ -10,6 +10,7 @@ from trl.data_utils import unpair_preference_dataset
 
 from megalign.config import KTOConfig
 from megalign.data.collate import pack
+from megalign.data.rows import ROW_NUMBER, without_numbers
 from megalign.data.unpaired import kl_sequence, prepare_unpaired, sequence_of_unpaired
 from megalign.errors import UserError
 from tests.data.preference_rows import AIR, BLUE, GREEN, PAIRS, SYSTEM, USER, WHY, Rows, trl_unpaired
@@ -39,7 +40,8 @@ TOKENIZED = [
 
 
 def ours(rows: Rows, template: str | None = CHATML, *, block: int | None = None, **fields: Any) -> Rows:
-    return list(prepare_unpaired(Dataset.from_list(rows), make_tokenizer(template), KTOConfig(**fields), block=block))
+    args = KTOConfig(**fields)
+    return list(without_numbers(prepare_unpaired(Dataset.from_list(rows), make_tokenizer(template), args, block=block)))
 
 
 def but_one_alone(rows: Rows, block: int) -> Rows:
@@ -76,7 +78,9 @@ def test_pairs_are_taken_apart_a_thousand_at_a_time_as_trl_does() -> None:
     args = KTOConfig()
     found = prepare_unpaired(pairs, make_tokenizer(), args)
     assert found["desirable"] == [True] * 1000 + [False] * 1000 + [True, True, False, False]
-    assert list(found) == list(prepare_unpaired(unpair_preference_dataset(pairs), make_tokenizer(), args))
+    assert found[ROW_NUMBER] == [*range(1000)] * 2 + [1000, 1001] * 2
+    theirs = prepare_unpaired(unpair_preference_dataset(pairs), make_tokenizer(), args)
+    assert list(without_numbers(found)) == list(without_numbers(theirs))
 
 
 def test_processes_do_not_change_the_order() -> None:
@@ -91,7 +95,7 @@ def test_mismatched_sequences_rotate_within_each_block() -> None:
     assert [row["kl_mask"] for row in rows] == [[False] * 3 + [True] * 2, [False, True, True], [False] * 2 + [True] * 3]
     assert [row["desirable"] for row in rows] == [True, False, False]
     without = prepare_unpaired(Dataset.from_list(TOKENIZED), None, KTOConfig(max_length=5))
-    assert set(without.column_names) == {"input_ids", "loss_mask", "desirable"}
+    assert set(without.column_names) == {"input_ids", "loss_mask", "desirable", ROW_NUMBER}
 
 
 def test_shuffled_rows_borrow_answers_within_their_new_blocks() -> None:
@@ -99,6 +103,7 @@ def test_shuffled_rows_borrow_answers_within_their_new_blocks() -> None:
     options = {"block": 4, "shuffle_seed": 3}
     found = list(prepare_unpaired(Dataset.from_list(rows), None, KTOConfig(), **options))
     order = [row["input_ids"][-1] for row in found]
+    assert [10 + row[ROW_NUMBER] for row in found] == order
     assert sorted(order) == list(range(10, 22)) != order
     for start in range(0, 12, 4):
         block = order[start : start + 4]

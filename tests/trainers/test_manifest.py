@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from megalign.checkpoints.checksums import checksum
+from megalign.checkpoints.find import manifest_of
 from megalign.config import SFTConfig
 from megalign.errors import UserError
 from megalign.parallel.groups import initialize
@@ -38,6 +39,20 @@ def test_a_checkpoint_is_the_newest_though_its_hosts_clock_is_behind(
     assert str(kept[2]) in manifest.other_than(kept[-1])
     manifest.rotate_checkpoints(str(tmp_path), 2, kept[-1])
     assert manifest.whole_checkpoints(tmp_path) == kept[2:]
+
+
+@pytest.mark.parametrize("key", ["bytes", "xxh3_128", "files", "written", "step", "settings", "layout"])
+def test_a_flipped_bit_in_a_name_of_the_manifest_makes_it_a_damaged_one(key: str, tmp_path: Path) -> None:
+    whole, damaged = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
+    file = damaged / "manifest.json"
+    text = file.read_text()
+    assert text.count(f'"{key}"') == 1
+    file.write_text(text.replace(f'"{key}"', f'"{chr(ord(key[0]) ^ 1)}{key[1:]}"'))
+    assert manifest.find_checkpoint(str(tmp_path), "latest") == whole
+    with pytest.raises(UserError, match=f"{file} is damaged; resume_from_checkpoint={whole} is the newest whole"):
+        manifest.find_checkpoint(str(tmp_path), str(damaged))
+    with pytest.raises(UserError, match=f"{file} is damaged, or no trainer's"):
+        manifest_of(damaged / "engine")
 
 
 # ---- nodes that do not see the same

@@ -50,6 +50,13 @@ def test_metrics_file_holds_full_floats_one_line_each(tmp_path: Path) -> None:
     assert _lines(tmp_path) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 1e-17}]
 
 
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    file = MetricsFile(str(tmp_path), active=True)
+    file.append({"step": 1, "loss": math.nan, "grad_norm": math.inf, "learning_rate": 1e-3, "rewards/f/mean": None})
+    nothing = {"loss": None, "grad_norm": None, "rewards/f/mean": None}
+    assert _lines(tmp_path) == [{"step": 1, "learning_rate": 1e-3, **nothing}]
+
+
 def test_a_fresh_run_drops_an_earlier_runs_lines_and_keeps_its_own(tmp_path: Path) -> None:
     MetricsFile(str(tmp_path), active=True).append({"step": 9})
     file = MetricsFile(str(tmp_path), active=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megalign.batch import Completion
+from megalign.data.rows import ROW_NUMBER
 from megalign.resharding.sync import Synced
 from megalign.rollout.engine import GenerationParams
 from megalign.rollout.rewards import RewardResult
@@ -58,9 +60,16 @@ def sampled_thrice(monkeypatch: pytest.MonkeyPatch, *, engines_sleep: bool) -> l
         rollout=Recorder("rollout", told), fresh_rollout=lambda: None, rewards=Rewards(), tokenizer=None,
         generation=GenerationParams(max_tokens=1),
     )  # fmt: skip
-    prompts = [{"prompt": "a", "prompt_ids": [1]}, {"prompt": "b", "prompt_ids": [1, 2]}]
+    prompts = [
+        {"prompt": "a", "prompt_ids": [1], ROW_NUMBER: 7},
+        {"prompt": "b", "prompt_ids": [1, 2], ROW_NUMBER: np.int64(3)},
+    ]
     first = sample(prompts, 2, Place("train", 0))
-    assert [completion.row["prompt"] for completion in first.completions] == ["a", "a", "b", "b"]
+    # The number is no column of the user's, whose reward functions do not get it.
+    assert [completion.row for completion in first.completions] == [{"prompt": name} for name in "aabb"]
+    assert [completion.row_number for completion in first.completions] == [7, 7, 3, 3]
+    # Not numpy's, of a dataset in its format: no checkpoint takes it.
+    assert {type(completion.row_number) for completion in first.completions} == {int}
     sample(prompts, 2, Place("train", 0, 1))
     sample.policy_changed()
     sample(prompts, 2, Place("train", 1))
