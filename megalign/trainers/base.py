@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -83,6 +83,7 @@ class Trainer:
         arguments.check_processing_class(processing_class)
         self.architecture = architecture_of(read_config(self.model_path))
         check_policy(self.architecture, args, self.groups)
+        self.streams = isinstance(train_dataset, IterableDataset)
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)
@@ -143,9 +144,18 @@ class Trainer:
         """Optimizer steps of the run; 0 or less leaves it to num_train_epochs."""
         return self.args.max_steps
 
+    def rows_of(self, steps: int) -> int:
+        """Rows that the first steps take of the dataset, as long as it has not come to its end."""
+        raise NotImplementedError
+
     def rows_needed(self) -> int | None:
         """Rows that max_steps will take, where it is set: how much of a stream is read."""
-        raise NotImplementedError
+        steps = self.max_steps()
+        return self.rows_of(steps) if steps > 0 else None
+
+    def described_rows(self) -> Dataset:
+        """What a resumed run's rows are compared with: those of train_dataset, without what was computed of them."""
+        return self.train_rows
 
     @property
     def rows_per_step(self) -> int:

@@ -150,9 +150,11 @@ class Checkpoints:
         path = manifest.find_checkpoint(self._args.output_dir, resume)
         return path, None if path is None else manifest.read_manifest(path)
 
-    def load(self, path: Path, engines: Mapping[str, TrainEngine], settings: Mapping[str, Any]) -> Resumed:
+    def load(
+        self, path: Path, engines: Mapping[str, TrainEngine], settings: Mapping[str, Any], hints: Mapping[str, str]
+    ) -> Resumed:
         """Puts the engines and this rank's generators where the checkpoint left them; the loop's state."""
-        manifest.check_settings(path, settings)
+        manifest.check_settings(path, settings, hints)
         manifest.check_files(path, self._groups.world)
         for name, engine in engines.items():
             with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):

@@ -101,15 +101,16 @@ def manifest_of(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises unless the checkpoint was made with these settings (JSON's types)."""
+def check_settings(path: Path, settings: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+    """Raises unless the checkpoint was made with these settings (JSON's types); `hints` say more of some."""
     then = manifest_of(path)["settings"]
     for name, value, before in differences(json.loads(json.dumps(dict(settings))), then):
         raise UserError(
-            f"{name} is {value} but {path} was made with {before}; resuming needs the same models, data and rows of "
-            f"an optimizer step: set {name} back, or start without resume_from_checkpoint"
+            f"{name} is {value} but {path} was made with {before}{hint}; resuming needs the same models, data and rows "
+            f"of an optimizer step: set {name} back, or start without resume_from_checkpoint"
         )
 
+        hint = f" ({hints[name]})" if name in hints else ""
 
 def check_files(path: Path, world: Axis) -> None:
     """Raises on every rank unless every file is what the manifest says; each rank reads its share. Collective."""

@@ -107,8 +107,8 @@ class PPOTrainer(OnlineTrainer):
         return Path(output_dir) / "critic"
 
     def settings(self) -> dict[str, Any]:
-        """The reference by the name of its directory."""
-        return {**super().settings(), "ref_model": Path(self.reference.model_path).resolve().name}
+        """The reference by its weights."""
+        return {**super().settings(), "ref_model": self.reference.described}
 
     def generation_params(self) -> GenerationParams:
         """With stop_token_id that token alone ends a completion: the model's own end tokens are sampled on past."""
