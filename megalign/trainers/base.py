@@ -218,14 +218,16 @@ class Trainer:
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
-            if not (Path(self.args.output_dir) / "config.json").exists():  # killed before the model was written
+            if not self.keeper.has_model():
+                self.run.say(f"{self.args.output_dir} does not have the model of that step: it is written now")
                 if self.run.update:
                     self._end_epoch()
-                self.save_model()
+                self.keeper.end_checkpoint()
+                self.keeper.write_model()
             self._remove_prepared_files()
             return TrainOutput(first_step, 0.0, {})
         self.run.event("on_train_begin")
-        if self.args.eval_on_start:
+        if self.args.eval_on_start and first_step == 0:  # else that was before the run's first step
             self.evaluate()
         while self.state.global_step < self.plan.max_steps and self.run.epoch < self.plan.num_epochs:
             self._run_epoch()
@@ -238,7 +240,7 @@ class Trainer:
             self.run.tell_stop()
             return output
         self.keeper.end_checkpoint()
-        self.save_model()
+        self.keeper.write_model()
         self.keeper.end_export()
         self._remove_prepared_files()
         return output
@@ -259,6 +261,11 @@ class Trainer:
         # The engine copies the model directory's own tokenizer files as they are.
         if self.changes_tokenizer() and self.state.is_world_process_zero:
             self.processing_class.save_pretrained(path)
+
+    @property
+    def model_directories(self) -> list[Path]:
+        """Those into which `save_model` writes a model."""
+        return [Path(self.args.output_dir)]
 
     @property
     def special_tokens(self) -> dict[str, int]:

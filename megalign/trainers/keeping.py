@@ -73,6 +73,7 @@ class Keeper:
         trainer.settings()  # a reference is what its files are now, not at the first save
         path = self._checkpoints.find(resume)
         if path is None:
+            self._checkpoints.start_run()
             trainer.run.file.start_afresh()
             return
         settings, position = self._settings(), {}
@@ -84,7 +85,18 @@ class Keeper:
         trainer.run.resume(resumed.trainer, resumed.run["position"] | position, trainer.plan)
         trainer.restore_loop_state(resumed.run["leaf"], resumed.replicas)
         if trainer.state.global_step < trainer.plan.max_steps:
+            self._checkpoints.note_run()
             trainer.run.file.go_on_after(trainer.state.global_step, logged_step=trainer.run.logged_step)
+
+    def has_model(self) -> bool:
+        """Whether output_dir has the model of the checkpoint that was resumed from, written to its end."""
+        return self._checkpoints.has_model(self._trainer.model_directories)
+
+    def write_model(self) -> None:
+        """The model into output_dir; run.json tells whether it came to its end, and of which step it is."""
+        self._checkpoints.note_run()
+        self._trainer.save_model()
+        self._checkpoints.note_model(self._trainer.state.global_step)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""

@@ -103,6 +103,11 @@ class PPOTrainer(OnlineTrainer):
             path = self._critic_directory(output_dir or self.args.output_dir)
             self.critic.export(str(path), special_tokens=self.special_tokens)
 
+    @property
+    def model_directories(self) -> list[Path]:
+        """Also the critic's."""
+        return [*super().model_directories, self._critic_directory(self.args.output_dir)]
+
     def _critic_directory(self, output_dir: str) -> Path:
         return Path(output_dir) / "critic"
 
