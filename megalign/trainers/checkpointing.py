@@ -217,10 +217,17 @@ class Checkpoints:
         return from_first(is_there, self._groups.world)
 
     def load(
-        self, path: Path, engines: Mapping[str, TrainEngine], settings: Mapping[str, Any], hints: Mapping[str, str]
+        self,
+        path: Path,
+        engines: Mapping[str, TrainEngine],
+        settings: Mapping[str, Any],
+        hints: Mapping[str, str] | None = None,
     ) -> Resumed:
-        """Puts the engines and this rank's generators where the checkpoint left them; the loop's state."""
-        manifest.check_settings(path, settings, hints)
+        """Puts the engines and this rank's generators where the checkpoint left them; the loop's state.
+
+        `hints` say more of settings that are not what they were.
+        """
+        manifest.check_settings(path, settings, hints or {})
         manifest.check_files(path, self._groups.world)
         for name, engine in engines.items():
             with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
