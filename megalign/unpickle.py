@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ _PLACES = {"pathlib._local": "pathlib"}  # where Python 3.13 has the same classe
 # Only their names are read, no such class is ever imported.
 _KNOWN_PACKAGES = ("argparse", "types", "enum", "signal", "pathlib", "numpy", "torch", "megatron")
 # What zip archives and unpicklers answer bytes that mean nothing with, by the place at which they meet them.
-_DAMAGED = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError),
+DAMAGED = (
+    *(pickle.UnpicklingError, struct.error, zipfile.BadZipFile, EOFError, OSError),
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError),
 )
 _PLAIN = {"set": set, "frozenset": frozenset, "slice": slice, "complex": complex, "bytearray": bytearray}
@@ -78,7 +79,7 @@ def refuse_classes_in_metadata(path: Path) -> None:
         read_metadata(path)
     except UserError:
         raise
-    except _DAMAGED:
+    except DAMAGED:
         return
 
 
@@ -96,7 +97,7 @@ def refuse_classes(stream: IO[bytes], name: str, error: BaseException) -> None:
     try:
         stream.seek(0)
         unsafe = get_unsafe_globals_in_checkpoint(stream)
-    except _DAMAGED:  # no archive, but a bare pickle, of which torch.load names the first
+    except DAMAGED:  # no archive, but a bare pickle, of which torch.load names the first
         unsafe = re.findall(r"GLOBAL (\S+) was not an allowed", str(error))
     if unsafe:
         raise UserError(_refusal(name, ", ".join(unsafe))) from error
@@ -117,7 +118,7 @@ def damage_told(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name} is damaged ({reason}); copy the checkpoint again, or use another") from error
 

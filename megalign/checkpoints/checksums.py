@@ -24,8 +24,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         manifest = json.loads((path / MANIFEST).read_text())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    is_whole = _has(manifest, _KINDS) and all(_has(file, _KINDS_OF_A_FILE) for file in manifest["files"].values())
-    return manifest if is_whole else None
+    is_whole = _has(manifest, _KINDS) and manifest["files"]
+    is_whole = is_whole and all(_has(file, _KINDS_OF_A_FILE) for file in manifest["files"].values())
+    return manifest if is_whole and all(map(_is_inside, manifest["files"])) else None
 
 
 def first_fault(files: Iterable[tuple[Path, Mapping[str, Any]]]) -> str | None:
@@ -49,6 +50,11 @@ def checksum_of(content: bytes) -> str:
 
 def _has(value: Any, kinds: Mapping[str, type]) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file's name leads to one of the checkpoint's directory."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _fault(file: Path, then: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
@@ -83,6 +83,7 @@ class Trainer:
         arguments.check_processing_class(processing_class)
         self.architecture = architecture_of(read_config(self.model_path))
         check_policy(self.architecture, args, self.groups)
+        self.streams = isinstance(train_dataset, IterableDataset)
         self._given_processing_class = processing_class
         tokenizer = self.load_tokenizer() if processing_class is None else processing_class
         self.processing_class = self.adapted(tokenizer)
@@ -143,9 +144,18 @@ class Trainer:
         """Optimizer steps of the run; 0 or less leaves it to num_train_epochs."""
         return self.args.max_steps
 
+    def rows_of(self, steps: int) -> int:
+        """Rows that the first steps take of the dataset, as long as it has not come to its end."""
+        raise NotImplementedError
+
     def rows_needed(self) -> int | None:
         """Rows that max_steps will take, where it is set: how much of a stream is read."""
-        raise NotImplementedError
+        steps = self.max_steps()
+        return self.rows_of(steps) if steps > 0 else None
+
+    def described_rows(self) -> Dataset:
+        """What a resumed run's rows are compared with: those of train_dataset, without what was computed of them."""
+        return self.train_rows
 
     @property
     def rows_per_step(self) -> int:
@@ -208,14 +218,16 @@ class Trainer:
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
-            if not (Path(self.args.output_dir) / "config.json").exists():  # killed before the model was written
+            if not self.keeper.has_model():
+                self.run.say(f"{self.args.output_dir} does not have the model of that step: it is written now")
                 if self.run.update:
                     self._end_epoch()
-                self.save_model()
+                self.keeper.end_checkpoint()
+                self.keeper.write_model()
             self._remove_prepared_files()
             return TrainOutput(first_step, 0.0, {})
         self.run.event("on_train_begin")
-        if self.args.eval_on_start:
+        if self.args.eval_on_start and first_step == 0:  # else that was before the run's first step
             self.evaluate()
         while self.state.global_step < self.plan.max_steps and self.run.epoch < self.plan.num_epochs:
             self._run_epoch()
@@ -228,7 +240,7 @@ class Trainer:
             self.run.tell_stop()
             return output
         self.keeper.end_checkpoint()
-        self.save_model()
+        self.keeper.write_model()
         self.keeper.end_export()
         self._remove_prepared_files()
         return output
@@ -249,6 +261,11 @@ class Trainer:
         # The engine copies the model directory's own tokenizer files as they are.
         if self.changes_tokenizer() and self.state.is_world_process_zero:
             self.processing_class.save_pretrained(path)
+
+    @property
+    def model_directories(self) -> list[Path]:
+        """Those into which `save_model` writes a model."""
+        return [Path(self.args.output_dir)]
 
     @property
     def special_tokens(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import pickle
+import struct
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,12 +26,14 @@ from transformers.trainer_callback import TrainerState
 from megalign import durable
 from megalign.checkpoints.checksums import checksum_of
 from megalign.checkpoints.find import HUGGING_FACE
+from megalign.conversion.hf_files import listing
 from megalign.errors import UserError
 from megalign.parallel.control import agree, any_rank, from_first, gather_objects
 from megalign.parallel.groups import ParallelGroups
 from megalign.trainers import manifest
 from megalign.trainers.generators import rng_state, set_rng_state
-from megalign.unpickle import load_data
+from megalign.trainers.run_file import RUN_FILE, model_of, new_run, read_run, write_run
+from megalign.unpickle import DAMAGED, load_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +44,10 @@ if TYPE_CHECKING:
 STATE = "trainer_state.json"
 _LOOP = "loop"
 # CheckpointException is torch's, of a file that any rank could not read; it is no Exception.
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, json.JSONDecodeError)
-_DAMAGED_ENGINE = (*_DAMAGED, CheckpointException, CheckpointingException)
+_DAMAGED_ENGINE = (
+    *(pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, json.JSONDecodeError),
+    *(CheckpointException, CheckpointingException),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ class Checkpoints:
 
     def __init__(self, args: Any, groups: ParallelGroups, say: Callable[[str], None]) -> None:
         self._args, self._groups, self._say = args, groups, say
+        self._run: str | None = None  # its name in run.json and in manifests
         self._saved: _Checkpoint | None = None  # what this run was resumed from or has written last, whole
         self._pending: tuple[_Checkpoint, Mapping[str, Saving]] | None = None  # written while training goes on
 
@@ -97,7 +103,8 @@ class Checkpoints:
         self.progress(wait=True)
         step, world = loop.trainer.global_step, self._groups.world
         path = Path(self._args.output_dir) / f"checkpoint-{step}"
-        content = {"step": step, "settings": dict(settings), "layout": layout_of(self._args, self._groups)}
+        layout = layout_of(self._args, self._groups)
+        content = {"step": step, "run": self._run, "settings": dict(settings), "layout": layout}
         files = self._loop_files(loop)
         sums = {name: checksum_of(data) for name, data in files.items()}
         checkpoint = _Checkpoint(path=path, content=content, sums=sums)
@@ -134,11 +141,17 @@ class Checkpoints:
 
         As rank 0 sees it: a node whose listing is older would go on from another step, and nobody would know.
         """
-        world = self._groups.world
-        path, content = from_first(lambda: self._found(resume), world)
+        world, output_dir = self._groups.world, self._args.output_dir
+        path, content, others = from_first(lambda: self._found(resume), world)
         if path is None:
-            if resume:
-                self._say(f"no checkpoint in {self._args.output_dir} yet: training starts afresh")
+            if others:
+                self._say(
+                    f"{listing(others, 5)} in {output_dir} {'is' if len(others) == 1 else 'are'} of an earlier run: "
+                    "training starts afresh, and latest will mean this run's own; "
+                    f"resume_from_checkpoint={Path(output_dir) / others[0]} goes on with the earlier one"
+                )
+            elif resume:
+                self._say(f"no checkpoint in {output_dir} yet: training starts afresh")
             return None
         try:
             agree(lambda: manifest.await_manifest(path, content), world)
@@ -146,13 +159,75 @@ class Checkpoints:
             raise UserError(f"{error}; resume from a directory that all nodes share") from error
         return path
 
-    def _found(self, resume: str | bool | None) -> tuple[Path | None, dict[str, Any] | None]:
+    def _found(self, resume: str | bool | None) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+        """The checkpoint and its manifest; where there is none, those of earlier runs, the newest first."""
         path = manifest.find_checkpoint(self._args.output_dir, resume)
-        return path, None if path is None else manifest.read_manifest(path)
+        if path is not None:
+            return path, manifest.read_manifest(path), []
+        return None, None, [other.name for other in reversed(manifest.whole_checkpoints(self._args.output_dir))]
 
-    def load(self, path: Path, engines: Mapping[str, TrainEngine], settings: Mapping[str, Any]) -> Resumed:
-        """Puts the engines and this rank's generators where the checkpoint left them; the loop's state."""
-        manifest.check_settings(path, settings)
+    def start_run(self) -> None:
+        """A run from its first step: what was saved before is not its own."""
+        self._saved = None
+        self._run = from_first(new_run, self._groups.world)
+        self.note_run()
+
+    def note_run(self) -> None:
+        """run.json says which run is under way, and of no model: the one in output_dir is about to change."""
+        self._note(lambda: {"run": self._run})
+
+    def note_model(self, step: int) -> None:
+        """run.json says that the model in output_dir, which is on the disk by now, is the run's at that step."""
+
+        def content() -> dict[str, Any]:
+            for file in filter(Path.is_file, Path(self._args.output_dir).iterdir()):
+                durable.sync(file)  # a tokenizer's are written by transformers
+            saved = self._saved
+            if saved is None or saved.content["step"] != step or not (saved.path / manifest.MANIFEST).exists():
+                return {"run": self._run, "model": {"step": step}}
+            return {"run": self._run, "model": model_of(saved.path, step)}
+
+        self._note(content)
+
+    def _note(self, content: Callable[[], dict[str, Any]]) -> None:
+        world, output_dir = self._groups.world, self._args.output_dir
+
+        def write() -> None:
+            if world.rank == 0:
+                write_run(output_dir, content())
+
+        try:
+            agree(write, world)
+        except OSError as error:
+            raise UserError(
+                f"{Path(output_dir) / RUN_FILE} cannot be written ({error.strerror}); make room or choose another "
+                "output_dir"
+            ) from error
+
+    def has_model(self, directories: Iterable[Path]) -> bool:
+        """Whether the model of the checkpoint that was resumed from was written to output_dir, and is still there."""
+        saved = self._saved
+        assert saved is not None, "asked after a resume"
+
+        def is_there() -> bool:
+            noted = read_run(self._args.output_dir).get("model")
+            whole = all((directory / "config.json").exists() for directory in directories)
+            return whole and noted == model_of(saved.path, saved.content["step"])
+
+        return from_first(is_there, self._groups.world)
+
+    def load(
+        self,
+        path: Path,
+        engines: Mapping[str, TrainEngine],
+        settings: Mapping[str, Any],
+        hints: Mapping[str, str] | None = None,
+    ) -> Resumed:
+        """Puts the engines and this rank's generators where the checkpoint left them; the loop's state.
+
+        `hints` say more of settings that are not what they were.
+        """
+        manifest.check_settings(path, settings, hints or {})
         manifest.check_files(path, self._groups.world)
         for name, engine in engines.items():
             with engine.kept_as_it_was(), _reading(path / name, *_DAMAGED_ENGINE):
@@ -166,6 +241,7 @@ class Checkpoints:
         content = manifest.manifest_of(path)
         sums = {name: then["xxh3_128"] for name, then in content["files"].items()}
         self._saved = _Checkpoint(path=path, content=content, sums=sums)
+        self._run = content.get("run")
         run = _load(path / _LOOP / "run.pt")
         return Resumed(trainer=trainer, run=run, replicas=[_load(file) for file in replicas])
 
@@ -267,7 +343,7 @@ def _begun(engine: TrainEngine, path: Path, special_tokens: Mapping[str, int]) -
 
 
 def _load(file: Path) -> Any:
-    with _reading(file, *_DAMAGED), file.open("rb") as stream:
+    with _reading(file, *DAMAGED), file.open("rb") as stream:
         return load_data(stream, str(file), map_location="cpu")
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
 
 from megalign.checkpoints.find import ENGINE
 from megalign.data import prepared
+from megalign.trainers import manifest
 from megalign.trainers.checkpointing import Checkpoints, LoopState
 from megalign.trainers.hf_export import HfExports
 
@@ -16,6 +21,11 @@ if TYPE_CHECKING:
 # A resumed run must share these fields' values, the rows of an optimizer step, all rows and the models' architectures.
 MODEL_FIELDS = ("params_dtype_name", "use_distributed_optimizer")
 ROWS_OF_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x data-parallel ranks"
+
+_STREAM_HINT = (
+    "a stream gives as many rows as max_steps takes: keep max_steps with shuffle_dataset; without it max_steps may "
+    "grow until these rows are used up"
+)
 
 
 class Keeper:
@@ -60,15 +70,33 @@ class Keeper:
     def resume(self, resume: str | bool | None) -> None:
         """Puts the trainer where a checkpoint left it; without one a run's metrics.jsonl begins anew."""
         trainer = self._trainer
+        trainer.settings()  # a reference is what its files are now, not at the first save
         path = self._checkpoints.find(resume)
         if path is None:
+            self._checkpoints.start_run()
             trainer.run.file.start_afresh()
             return
-        resumed = self._checkpoints.load(path, trainer.engines(), self._settings())
-        trainer.run.resume(resumed.trainer, resumed.run["position"], trainer.plan)
+        settings, position = self._settings(), {}
+        if (rows := self._first_rows(path)) is not None:
+            settings["train_dataset"] = prepared.describe_rows(rows)
+            position = {"epoch": 0, "update": manifest.manifest_of(path)["step"]}  # they are an epoch no more
+        hints = {"train_dataset": _STREAM_HINT} if trainer.streams else {}
+        resumed = self._checkpoints.load(path, trainer.engines(), settings, hints)
+        trainer.run.resume(resumed.trainer, resumed.run["position"] | position, trainer.plan)
         trainer.restore_loop_state(resumed.run["leaf"], resumed.replicas)
         if trainer.state.global_step < trainer.plan.max_steps:
+            self._checkpoints.note_run()
             trainer.run.file.go_on_after(trainer.state.global_step, logged_step=trainer.run.logged_step)
+
+    def has_model(self) -> bool:
+        """Whether output_dir has the model of the checkpoint that was resumed from, written to its end."""
+        return self._checkpoints.has_model(self._trainer.model_directories)
+
+    def write_model(self) -> None:
+        """The model into output_dir; run.json tells whether it came to its end, and of which step it is."""
+        self._checkpoints.note_run()
+        self._trainer.save_model()
+        self._checkpoints.note_model(self._trainer.state.global_step)
 
     def _settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one that wrote the checkpoint."""
@@ -88,7 +116,20 @@ class Keeper:
     @cached_property
     def _described_rows(self) -> str:
         """They are read through once, not at every checkpoint."""
-        return prepared.describe_rows(self._trainer.train_rows)
+        return prepared.describe_rows(self._trainer.described_rows())
+
+    def _first_rows(self, path: Path) -> Dataset | None:
+        """Those that the checkpoint's run, a shorter one, had read of a stream, where it had not used them up.
+
+        A stream gives as many rows as max_steps takes. The order of shuffled ones depends on how many they are.
+        """
+        trainer, then = self._trainer, manifest.manifest_of(path)
+        rows, described = trainer.described_rows(), str(then["settings"].get("train_dataset"))
+        count = re.match(r"(\d+) rows ", described)
+        is_longer = count is not None and trainer.rows_of(then["step"]) <= int(count[1]) < len(rows)
+        if count is None or not is_longer or not trainer.streams or trainer.args.shuffle_dataset:
+            return None
+        return rows.select(range(int(count[1])))
 
     def _words(self) -> dict[str, Any]:
         """The tokenizer's part of a model's files; the tokenizer itself where the model directory's is another."""

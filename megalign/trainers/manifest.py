@@ -20,6 +20,7 @@ from megalign.checkpoints.checksums import MANIFEST, checksum, first_fault, read
 from megalign.errors import UserError
 from megalign.parallel.control import gather_objects
 from megalign.parallel.groups import Axis
+from megalign.trainers.run_file import read_run
 
 LATEST = "latest"
 _ASIDE = ".old"  # suffix of a whole checkpoint that is being replaced
@@ -54,12 +55,16 @@ def _size(file: Path) -> int:
 
 
 def find_checkpoint(output_dir: str, resume: str | bool | None) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or the newest whole one for "latest" or True."""
+    """The checkpoint that `resume_from_checkpoint` means: a path, or for "latest" or True the run's newest whole one.
+
+    Which run's, run.json says; without that file (the checkpoints were copied) it is the newest of all.
+    """
     if resume is None or resume is False or resume == "":
         return None
     if resume is True or resume == LATEST:
-        whole = whole_checkpoints(output_dir)
-        return whole[-1] if whole else None
+        run, whole = read_run(output_dir), whole_checkpoints(output_dir)
+        own = [path for path in whole if not run or manifest_of(path).get("run") == run["run"]]
+        return own[-1] if own else None
     path = Path(str(resume))
     if not path.is_dir():
         raise UserError(
@@ -101,13 +106,14 @@ def manifest_of(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raises unless the checkpoint was made with these settings (JSON's types)."""
+def check_settings(path: Path, settings: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+    """Raises unless the checkpoint was made with these settings (JSON's types); `hints` say more of some."""
     then = manifest_of(path)["settings"]
     for name, value, before in differences(json.loads(json.dumps(dict(settings))), then):
+        hint = f" ({hints[name]})" if name in hints else ""
         raise UserError(
-            f"{name} is {value} but {path} was made with {before}; resuming needs the same models, data and rows of "
-            f"an optimizer step: set {name} back, or start without resume_from_checkpoint"
+            f"{name} is {value} but {path} was made with {before}{hint}; resuming needs the same models, data and rows "
+            f"of an optimizer step: set {name} back, or start without resume_from_checkpoint"
         )
 
 

@@ -57,10 +57,9 @@ class OfflineTrainer(Trainer):
     def _config_changes_tokenizer(self) -> bool:
         return (self.args.eos_token, self.args.chat_template_path) != (None, None)
 
-    def rows_needed(self) -> int | None:
-        """Rows of all the steps that max_steps takes."""
-        steps = self.max_steps()
-        return steps * self.rows_per_step if steps > 0 else None
+    def rows_of(self, steps: int) -> int:
+        """A global batch for each."""
+        return steps * self.rows_per_step
 
     def micro_steps_per_epoch(self) -> int:
         """Batches that a data-parallel rank takes in an epoch; the last may be short."""

@@ -280,11 +280,8 @@ class OnlineTrainer(Trainer):
         """Generations in an epoch; prompts that do not fill a round wait for the next epoch, as in TRL."""
         return len(self.train_rows) // (self.round_size // self.args.num_generations)
 
-    def rows_needed(self) -> int | None:
-        """Prompts of all the rounds that max_steps takes."""
-        steps = self.max_steps()
-        if steps <= 0:
-            return None
+    def rows_of(self, steps: int) -> int:
+        """Prompts of all the rounds that the steps learn from."""
         return -(-steps // self.updates_per_round) * (self.round_size // self.args.num_generations)
 
     def micro_steps_per_epoch(self) -> int:

@@ -103,12 +103,17 @@ class PPOTrainer(OnlineTrainer):
             path = self._critic_directory(output_dir or self.args.output_dir)
             self.critic.export(str(path), special_tokens=self.special_tokens)
 
+    @property
+    def model_directories(self) -> list[Path]:
+        """Also the critic's."""
+        return [*super().model_directories, self._critic_directory(self.args.output_dir)]
+
     def _critic_directory(self, output_dir: str) -> Path:
         return Path(output_dir) / "critic"
 
     def settings(self) -> dict[str, Any]:
-        """The reference by the name of its directory."""
-        return {**super().settings(), "ref_model": Path(self.reference.model_path).resolve().name}
+        """The reference by its weights."""
+        return {**super().settings(), "ref_model": self.reference.described}
 
     def generation_params(self) -> GenerationParams:
         """With stop_token_id that token alone ends a completion: the model's own end tokens are sampled on past."""

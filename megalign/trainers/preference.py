@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
 
 from megalign.batch import Batch
 from megalign.conversion.families import architecture_of
@@ -60,8 +61,13 @@ class PreferenceTrainer(OfflineTrainer):
         return {**engines, "reference": self.reference.engine} if self.args.sync_ref_model else engines
 
     def settings(self) -> dict[str, Any]:
-        """The reference by the name of its directory: the same model may lie elsewhere when the run goes on."""
-        return {**super().settings(), "ref_model": Path(self.reference.model_path).resolve().name}
+        """The reference by its weights: the same model may lie elsewhere when the run goes on."""
+        return {**super().settings(), "ref_model": self.reference.described}
+
+    def described_rows(self) -> Dataset:
+        """Without the reference's logprobs, which another split into batches rounds otherwise."""
+        rows = super().described_rows()
+        return rows.remove_columns([name for name in self.reference_columns() if name in rows.column_names])
 
     def after_step(self) -> None:
         """The reference follows, where asked to."""

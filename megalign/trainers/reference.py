@@ -6,23 +6,28 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from megalign.batch import Batch
+from megalign.conversion.families import architecture_of
+from megalign.conversion.hf_files import HfReader
 from megalign.data.collate import packed_share
 from megalign.data.rows import ROW_NUMBER, without_numbers
 from megalign.errors import UserError
-from megalign.parallel.control import barrier
+from megalign.parallel.control import barrier, from_first
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import gather_rows
 from megalign.rollout.engine import awake
 from megalign.train_engine import TrainEngine
 
 DIRECTORY = "reference_logprobs"  # in output_dir
+_TENSORS, _WEIGHTS = 2048, 1024  # tensors that describe_weights looks into, and how many weights of one, at most
 RowSequence = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # one sequence of a prepared row
 
 
@@ -40,6 +45,11 @@ class Reference:
             self._engine = TrainEngine(self.model_path, self._args, self._groups, trainable=False)
             self._engine.sleep()
         return self._engine
+
+    @cached_property
+    def described(self) -> str:
+        """By what another model under the same name is noticed, and the same one elsewhere is not; a collective."""
+        return from_first(lambda: describe_weights(self.model_path), self._groups.world)
 
     def release(self) -> None:
         """Lets go of the weights: nobody needs them while all logprobs are columns of the rows."""
@@ -114,6 +124,24 @@ class Reference:
                 # Context parallelism pads a sequence at its end.
                 mine[row] = piece[: len(sequence(dataset[row])["tokens"])].tolist()
         return gather_rows(mine, self._groups.dp)
+
+
+def describe_weights(path: str) -> str:
+    """Tensors and a short digest of a model directory, of its architecture and of some weights from each tensor.
+
+    Not of all weights: they may be as many as a disk reads in half an hour. Training moves them everywhere.
+    """
+    reader = HfReader(path)
+    names = sorted(reader.names())
+    digest = hashlib.sha256(json.dumps(architecture_of(reader.config).in_json(), sort_keys=True).encode())
+    for name in names[:: -(-len(names) // _TENSORS)]:
+        digest.update(f"{name} {reader.shape(name)}".encode())
+        *rows, width = reader.shape(name) or (0,)
+        if width and all(rows):
+            begin = max(0, width - _WEIGHTS) // 2
+            weights = reader.read(name, (*(size // 2 for size in rows), slice(begin, begin + _WEIGHTS)))
+            digest.update(weights.contiguous().view(torch.uint8).numpy().tobytes())
+    return f"{len(names)} tensors {digest.hexdigest()[:8]}"
 
 
 def _content(dataset: Dataset) -> str:

@@ -183,6 +183,28 @@ def test_a_run_resumed_in_the_middle_of_a_round_is_bitwise_the_uninterrupted_one
     assert lines == [without_times(line) for line in metric_lines(tmp_path / "whole")]
 
 
+def _resume_error(path: str, fields: dict[str, Any], checkpoint: str) -> str:
+    try:
+        train_grpo(path, ROWS, fields, {"resume": checkpoint})
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_round_may_be_split_otherwise_and_the_model_behind_beta_may_not_change(model: str, tmp_path: Path) -> None:
+    fields = {"max_steps": 1, "beta": 0.5, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+    run_ranks(1, train_grpo, model, ROWS, {**fields, "output_dir": str(tmp_path / "out")})
+    checkpoint = str(tmp_path / "out/checkpoint-1")  # in the middle of its round
+    other = shutil.copytree(model, tmp_path / Path(model).name)
+    shutil.copy(Path(save_tiny_model("llama", tmp_path / "seed", seed=1, head_dim=32)) / "model.safetensors", other)
+    longer = {**fields, "max_steps": 2, "output_dir": str(tmp_path / "on"), "steps_per_generation": 4}
+    longer |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    (error,) = run_ranks(1, _resume_error, str(other), longer, checkpoint)
+    assert re.search(r"model \(the reference behind beta\) is .* but .*checkpoint-1 was made with", error), error
+    assert run_ranks(1, _resume_error, model, longer, checkpoint) == ["no error"]
+    assert [line["step"] for line in metric_lines(tmp_path / "on")] == [2]
+
+
 def test_evaluation_scores_every_prompt_once_and_disturbs_nothing(model: str, tmp_path: Path) -> None:
     plain = {"output_dir": str(tmp_path / "plain"), "max_steps": 4, "steps_per_generation": 2}
     fields = plain | {"output_dir": str(tmp_path / "eval"), "eval_strategy": "steps", "eval_steps": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,16 @@ from megalign.errors import UserError
 from megalign.parallel.groups import initialize
 from megalign.trainers import manifest
 from megalign.trainers.checkpointing import Checkpoints
+from megalign.trainers.run_file import write_run
 from tests.ranks import run_ranks
 
 
-def write_checkpoint(output_dir: Path, step: int) -> Path:
+def write_checkpoint(output_dir: Path, step: int, run: str | None = None) -> Path:
     """A whole one of a single file."""
     path = output_dir / f"checkpoint-{step}"
     (path / "loop").mkdir(parents=True)
     (path / "loop/run.pt").write_text(f"{path}")
-    manifest.write_manifest(path, {"step": step, "settings": {}, "layout": {}}, {})
+    manifest.write_manifest(path, {"step": step, "run": run, "settings": {}, "layout": {}}, {})
     return path
 
 
@@ -53,6 +55,33 @@ def test_a_flipped_bit_in_a_name_of_the_manifest_makes_it_a_damaged_one(key: str
         manifest.find_checkpoint(str(tmp_path), str(damaged))
     with pytest.raises(UserError, match=f"{file} is damaged, or no trainer's"):
         manifest_of(damaged / "engine")
+
+
+def test_the_latest_is_of_the_run_that_goes_on_in_the_directory(tmp_path: Path) -> None:
+    first, _ = write_checkpoint(tmp_path, 2, "one"), write_checkpoint(tmp_path, 4, "another")
+    for run, latest in (("one", first), ("a third, which has saved nothing", None)):
+        write_run(tmp_path, {"run": run})
+        assert manifest.find_checkpoint(str(tmp_path), "latest") == latest
+    assert manifest.find_checkpoint(str(tmp_path), str(first)) == first
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="run.json is damaged; remove it, and latest means the newest whole"):
+        manifest.find_checkpoint(str(tmp_path), "latest")
+
+
+@pytest.mark.parametrize("name", ["../loop/run.pt", "/etc/hostname", "loop/../../run.pt", None])
+def test_a_manifest_of_no_files_or_of_files_elsewhere_is_damaged(name: str | None, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2)
+    content = json.loads((path / "manifest.json").read_text())
+    files = {} if name is None else content["files"] | {name: content["files"]["loop/run.pt"]}
+    (path / "manifest.json").write_text(json.dumps({**content, "files": files}))
+    with pytest.raises(UserError, match="checkpoint-2/manifest.json is damaged"):
+        manifest.find_checkpoint(str(tmp_path), str(path))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_the_checkpoints(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 2)
+    (path / "loop/rank_00001.pt").write_text("of another run")
+    assert [file.name for file in manifest.files_like(path, "loop/*.pt")] == ["run.pt"]
 
 
 # ---- nodes that do not see the same

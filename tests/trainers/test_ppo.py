@@ -94,8 +94,11 @@ def test_each_engine_is_awake_only_for_its_own_pass(model: str, tmp_path: Path) 
 def test_the_critic_begins_as_the_reward_model_and_is_saved_beside_the_policy(
     model: str, judge: str, tmp_path: Path
 ) -> None:
-    fields = {"output_dir": str(tmp_path), "max_steps": 2, "reward_model_path": judge}
+    fields = {"output_dir": str(tmp_path), "max_steps": 2, "reward_model_path": judge, "save_strategy": "steps"}
     (result,) = run_ranks(1, train, model, fields, {"reward_funcs": None})
+    shutil.rmtree(tmp_path / "critic")  # as if the run had been killed between the policy and the critic
+    (found,) = run_ranks(1, train, model, fields, {"reward_funcs": None, "resume": "latest"})
+    assert found["digests"] == result["digests"]
     begun = AutoModelForSequenceClassification.from_pretrained(judge).state_dict()
     assert all(torch.equal(tensor, begun[name]) for name, tensor in result["critic_at_start"].items())
     saved, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic", output_loading_info=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megalign.config import DPOConfig
 from megalign.errors import UserError
+from megalign.trainers.reference import describe_weights
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
 from tests.trainers.layout_runs import pair_rows
@@ -112,12 +115,42 @@ def test_a_reference_that_cannot_be_compared_is_refused(paths: tuple[str, str], 
         assert "sync_ref_model=True" in error and "another architecture" in error
 
 
-def test_a_run_does_not_go_on_with_another_reference(paths: tuple[str, str], tmp_path: Path) -> None:
-    fields = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+def test_a_run_goes_on_with_the_same_reference_elsewhere_and_with_no_other(
+    paths: tuple[str, str], tmp_path: Path
+) -> None:
+    fields = {"output_dir": str(tmp_path / "out"), "save_strategy": "steps", "save_steps": 2}
+    fields["precompute_ref_log_probs"] = True
     run_ranks(1, train, paths, fields)
-    (error,) = run_ranks(1, refused, (paths[0], paths[0]), {**fields, "max_steps": 3}, {"resume": "latest"})
-    names = [Path(path).name for path in paths]
-    assert f"ref_model is {names[0]} but {tmp_path}/checkpoint-2 was made with {names[1]}" in error
+    longer, checkpoint = {**fields, "max_steps": 3}, str(tmp_path / "out/checkpoint-2")
+    (error,) = run_ranks(1, refused, (paths[0], paths[0]), longer, {"resume": checkpoint})
+    now, then = (describe_weights(path) for path in paths)
+    assert f"ref_model is {now} but {checkpoint} was made with {then}" in error
+    moved = str(shutil.copytree(paths[1], tmp_path / "under another name"))
+    # Another split into batches computes other logprobs, in their last bits.
+    longer |= {"output_dir": str(tmp_path / "on"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert run_ranks(1, refused, (paths[0], moved), longer, {"resume": checkpoint}) == [""]
+    assert [line["step"] for line in metric_lines(tmp_path / "on")] == [3]
+
+
+def test_a_model_is_known_by_its_weights_wherever_they_lie(paths: tuple[str, str], tmp_path: Path) -> None:
+    described, (model, config) = (
+        describe_weights(paths[0]),
+        (tmp_path / name for name in ("model.safetensors", "config.json")),
+    )
+    weights = load_file(Path(paths[0]) / "model.safetensors")
+    config.write_bytes((Path(paths[0]) / "config.json").read_bytes())
+    names = sorted(weights)
+    index = {"weight_map": {name: f"{place % 2}.safetensors" for place, name in enumerate(names)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for part in range(2):  # the same weights in two files
+        save_file({name: weights[name] for name in names[part::2]}, tmp_path / f"{part}.safetensors")
+    assert describe_weights(str(tmp_path)) == described
+    for name in names:
+        save_file({**weights, name: weights[name] + 1}, model)
+        assert describe_weights(str(tmp_path)) != described, name
+    save_file(weights, model)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-3}))
+    assert describe_weights(str(tmp_path)) != described
 
 
 def test_the_reference_is_not_written_over(paths: tuple[str, str]) -> None:

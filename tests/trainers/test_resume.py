@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from datasets import IterableDataset
 from transformers import TrainerCallback
 
 from megalign.checkpoints.inspect import summary_of
@@ -24,7 +25,7 @@ from megalign.trainers.sft import SFTTrainer
 from tests.megatron_version import wanted_version
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_model
-from tests.trainers.runs import StopAt, metric_lines, sft_fields, token_rows, train_sft
+from tests.trainers.runs import StopAt, digest, metric_lines, sft_fields, token_rows, train_sft, without_times
 
 ROWS = token_rows(14)
 
@@ -48,10 +49,6 @@ def _fields(directory: Path, **fields: Any) -> dict[str, Any]:
     }
 
 
-def _without_times(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if not name.endswith(("time", "per_second"))}
-
-
 LAYOUTS = {
     1: {},
     2: {"pipeline_model_parallel_size": 2},
@@ -71,8 +68,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     assert first["output"].global_step == 3
     second = run_ranks(world, train_sft, model, ROWS, parts, {"resume": "latest"})[0]
     assert second["digest"] == expected["digest"] != first["digest"]
-    lines = [_without_times(line) for line in metric_lines(tmp_path / "parts")]
-    assert lines == [_without_times(line) for line in metric_lines(tmp_path / "whole")]
+    lines = [without_times(line) for line in metric_lines(tmp_path / "parts")]
+    assert lines == [without_times(line) for line in metric_lines(tmp_path / "whole")]
     assert [line["step"] for line in lines] == [2, 4, 6]
 
 
@@ -81,15 +78,17 @@ def test_a_run_killed_at_an_epochs_last_step_still_ends_the_epoch(
     killed_after: int, missed: int, model: str, tmp_path: Path
 ) -> None:
     by_epoch = {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_steps": 4, "max_steps": 8}
+    by_epoch["eval_on_start"] = True  # at the run's start, not at a resumed one's
     given = {"eval_dataset": ROWS[:3]}
     run_ranks(1, train_sft, model, ROWS, _fields(tmp_path / "whole", **by_epoch), given)
-    expected = [_without_times(line) for line in metric_lines(tmp_path / "whole")]
-    assert [(line["step"], "loss" in line) for line in expected] == [(4, True), (4, False), (8, True), (8, False)]
+    expected = [without_times(line) for line in metric_lines(tmp_path / "whole")]
+    steps = [(line["step"], "loss" in line) for line in expected]
+    assert steps == [(0, False), (4, True), (4, False), (8, True), (8, False)]
     checkpoint = f"checkpoint-{killed_after}"  # written at the step, before the epoch's end
     shutil.copytree(tmp_path / "whole" / checkpoint, tmp_path / "parts" / checkpoint)
     parts = _fields(tmp_path / "parts", **by_epoch)
     run_ranks(1, train_sft, model, ROWS, parts, {**given, "resume": "latest"})
-    assert [_without_times(line) for line in metric_lines(tmp_path / "parts")] == expected[missed:]
+    assert [without_times(line) for line in metric_lines(tmp_path / "parts")] == expected[1 + missed :]
 
 
 def test_lines_of_repeated_steps_take_the_place_of_the_first(model: str, tmp_path: Path) -> None:
@@ -99,7 +98,7 @@ def test_lines_of_repeated_steps_take_the_place_of_the_first(model: str, tmp_pat
     run_ranks(1, train_sft, model, ROWS, fields, {"resume": True})
     lines = metric_lines(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [_without_times(line) for line in lines[:5]] == [_without_times(line) for line in before]
+    assert [without_times(line) for line in lines[:5]] == [without_times(line) for line in before]
 
 
 def test_a_finished_run_is_not_trained_again(model: str, tmp_path: Path) -> None:
@@ -113,6 +112,82 @@ def test_a_finished_run_is_not_trained_again(model: str, tmp_path: Path) -> None
     run_ranks(1, train_sft, model, ROWS, fields, {"resume": "latest"})
     assert (tmp_path / "config.json").exists()
     assert second["digest"] == first["digest"]
+
+
+class _Dies(TrainerCallback):
+    """At the end of a step or of the training, before anything is written; stands for kill -9."""
+
+    def __init__(self, step: int | None = None) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the step, if one is given."""
+        if state.global_step == self.step:
+            raise UserError("killed")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """At the end."""
+        raise UserError("killed")
+
+
+def _killed(path: str, fields: dict[str, Any], given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="killed"):
+        train_sft(path, ROWS, fields, given)
+
+
+def test_a_model_of_an_earlier_step_is_not_taken_for_the_finished_runs(model: str, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)  # with the model of step 3
+    before = json.loads((tmp_path / "run.json").read_text())
+    run_ranks(1, _killed, model, _fields(tmp_path), {"resume": "latest", "stop": _Dies()})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"run": before["run"]}
+    assert digest(tmp_path) == digest(made)
+    (found,) = run_ranks(1, train_sft, model, ROWS, _fields(tmp_path), {"resume": "latest"})
+    assert "does not have the model of that step: it is written now" in found["said"]
+    (written,) = run_ranks(1, train_sft, model, ROWS, _fields(tmp_path / "to"), {"resume": f"{tmp_path}/checkpoint-6"})
+    assert found["digest"] == written["digest"] != digest(made)
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert (after["run"], after["model"]["step"], before["model"]["step"]) == (before["run"], 6, 3)
+
+
+def test_a_run_that_died_before_it_saved_does_not_go_on_from_another_runs_checkpoint(
+    model: str, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    fields = _fields(tmp_path, logging_steps=1, max_steps=2, save_steps=2)
+    run_ranks(1, _killed, model, fields, {"stop": _Dies(1)})
+    assert find_checkpoint(str(tmp_path), "latest") is None
+    (found,) = run_ranks(1, train_sft, model, ROWS, fields, {"resume": "latest"})
+    told = f"checkpoint-3 in {tmp_path} is of an earlier run: training starts afresh"
+    assert told in found["said"] and f"resume_from_checkpoint={tmp_path}/checkpoint-3 goes on" in found["said"]
+    assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2]
+    assert find_checkpoint(str(tmp_path), "latest") == tmp_path / "checkpoint-2"
+
+
+def test_a_run_on_a_stream_in_its_order_can_be_made_longer(model: str, tmp_path: Path) -> None:
+    def fields(directory: str, steps: int, **more: Any) -> dict[str, Any]:
+        constant = {"lr_scheduler_type": "constant", "save_strategy": "epoch", "shuffle_dataset": False}
+        return _fields(tmp_path / directory, **constant, max_steps=steps, logging_steps=1, **more)
+
+    (whole,) = run_ranks(1, _train_on_stream, model, ROWS, fields("whole", 3))
+    run_ranks(1, _train_on_stream, model, ROWS, fields("parts", 2))  # its rows are an epoch
+    parts = fields("parts", 3)
+    other = [*ROWS[:3], ROWS[0], *ROWS[4:]]
+    (error,) = run_ranks(1, _train_on_stream, model, other, parts)
+    assert re.search("train_dataset is 8 rows .* was made with 8 rows .*without it max_steps may grow", error), error
+    (error,) = run_ranks(1, _train_on_stream, model, ROWS, {**parts, "shuffle_dataset": True})
+    assert re.search("shuffle_dataset is True but .* was made with False", error), error
+    (longer,) = run_ranks(1, _train_on_stream, model, ROWS, parts)
+    assert longer == whole
+    assert [line["step"] for line in metric_lines(tmp_path / "parts")] == [1, 2, 3]
+
+
+def _train_on_stream(path: str, rows: list[dict[str, Any]], fields: dict[str, Any]) -> str:
+    try:
+        return train_sft(path, IterableDataset.from_generator(lambda: iter(rows)), fields, {"resume": "latest"})[
+            "digest"
+        ]
+    except UserError as error:
+        return str(error)
 
 
 def test_latest_without_a_checkpoint_starts_afresh_and_says_so(model: str, tmp_path: Path) -> None:
@@ -279,11 +354,12 @@ def test_a_file_that_was_damaged_before_it_was_summed_up_is_named(
     file: str, model: str, made: Path, tmp_path: Path
 ) -> None:
     checkpoint = shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-3")
-    (checkpoint / file).write_bytes(bytes((checkpoint / file).stat().st_size))
-    _renew(checkpoint)
-    (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
     named = checkpoint / "engine" if file.startswith("engine") else checkpoint / file
-    assert error.startswith(f"{named} is damaged (") and "; there is no other whole checkpoint beside it" in error
+    for content in (bytes((checkpoint / file).stat().st_size), b"\x80\x02M"):  # nothing; half a number of a pickle
+        (checkpoint / file).write_bytes(content)
+        _renew(checkpoint)
+        (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
+        assert error.startswith(f"{named} is damaged (") and "; there is no other whole checkpoint beside it" in error
 
 
 def _renew(checkpoint: Path, **changes: Any) -> None:
