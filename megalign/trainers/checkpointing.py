@@ -45,8 +45,8 @@ STATE = "trainer_state.json"
 _LOOP = "loop"
 # CheckpointException is torch's, of a file that any rank could not read; it is no Exception.
 _DAMAGED_ENGINE = (
-    *(pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, json.JSONDecodeError),
-    *(CheckpointException, CheckpointingException),
+    *(pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError),
+    *(json.JSONDecodeError, UnicodeDecodeError, CheckpointException, CheckpointingException),
 )
 
 

@@ -349,17 +349,26 @@ def test_a_damaged_file_is_named_and_an_older_checkpoint_offered(
     assert _all_bytes(tmp_path) == before, "a refused checkpoint is left as it is"
 
 
-@pytest.mark.parametrize("file", [*ENGINE_FILES, *LOOP_FILES])
+NO_TEXT, HALF_A_NUMBER = b"\x80", b"\x80\x02M"  # JSON is text; a pickle
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *((file, None) for file in [*ENGINE_FILES, *LOOP_FILES]),
+        ("engine/metadata.json", NO_TEXT),
+        ("loop/run.pt", HALF_A_NUMBER),
+    ],
+)
 def test_a_file_that_was_damaged_before_it_was_summed_up_is_named(
-    file: str, model: str, made: Path, tmp_path: Path
+    file: str, content: bytes | None, model: str, made: Path, tmp_path: Path
 ) -> None:
     checkpoint = shutil.copytree(made / "checkpoint-3", tmp_path / "checkpoint-3")
     named = checkpoint / "engine" if file.startswith("engine") else checkpoint / file
-    for content in (bytes((checkpoint / file).stat().st_size), b"\x80\x02M"):  # nothing; half a number of a pickle
-        (checkpoint / file).write_bytes(content)
-        _renew(checkpoint)
-        (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
-        assert error.startswith(f"{named} is damaged (") and "; there is no other whole checkpoint beside it" in error
+    (checkpoint / file).write_bytes(bytes((checkpoint / file).stat().st_size) if content is None else content)
+    _renew(checkpoint)
+    (error,) = run_ranks(1, _resume_error, model, _fields(tmp_path))
+    assert error.startswith(f"{named} is damaged (") and "; there is no other whole checkpoint beside it" in error
 
 
 def _renew(checkpoint: Path, **changes: Any) -> None:
