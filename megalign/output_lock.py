@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from megalign.errors import UserError
+
+
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class OutputLock:
@@ -22,7 +27,11 @@ class OutputLock:
         self._held: IO[bytes] | None = None
 
     def take(self) -> None:
-        """UserError where another process has it, or the file system has no locks."""
+        """UserError where another process has it, or the file cannot be made.
+
+        A file system without locks (Lustre unless mounted with flock) has none to give: a training must not end for
+        that when it writes its model.
+        """
         try:
             while self._held is None:
                 self._held = self._locked()
@@ -32,10 +41,11 @@ class OutputLock:
                 "choose another directory"
             ) from error
         except OSError as error:
-            raise UserError(
-                f"cannot lock {self._file} ({error}), without which two processes might write {self._target} at once; "
-                "choose a directory that can be written, on a file system with flock"
-            ) from error
+            if error.errno in _NO_LOCKS:
+                self._file.unlink(missing_ok=True)
+                print(f"megalign: two processes must not write {self._target} at once: {error}", file=sys.stderr)
+                return
+            raise UserError(f"cannot lock {self._file} ({error}); choose a directory that can be written") from error
 
     def release(self) -> None:
         """Nothing where it is not held."""

@@ -69,10 +69,20 @@ def test_a_file_that_was_removed_before_it_was_locked_is_no_lock(
     assert "is being written" in refused(tmp_path)
 
 
-def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_told_of_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def none(file: Any, how: int) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    told = refused(tmp_path)
-    assert f"cannot lock {tmp_path}/.out.lock" in told and "Function not implemented" in told and "\n" not in told
+    unlocked = lock(tmp_path)
+    unlocked.take()
+    assert "Function not implemented" in capsys.readouterr().err
+    unlocked.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot lock .*/nowhere/\.out\.lock .*choose a directory that can be written"):
+        OutputLock(tmp_path / "nowhere/out", tmp_path / "nowhere").take()

@@ -84,7 +84,7 @@ def test_microbatches_by_a_budget_of_tokens_change_no_number(
     name: str, layout: Layout, paths: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
     ranks = check_layout("llama", name, layout, paths["llama"], tmp_path, max_tokens_per_microbatch=40)
-    assert all(0 <= line["perf/imbalance"] < 1 for found in ranks for line in found["lines"])
+    assert all(0 <= found["lines"][0]["perf/imbalance"] < 1 for found in ranks)  # PPO deals out both steps at once
 
 
 def check_layout(
