@@ -12,7 +12,6 @@ from typing import IO
 
 from megalign.errors import UserError
 
-
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
