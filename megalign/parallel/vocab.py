@@ -111,6 +111,7 @@ class _TokenScores(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
             grad_hidden[rows] = grad_logits @ weight
             grad_weight = _with_product(grad_weight, grad_logits, hidden[rows])
+            del grad_logits  # before the next chunk's are made
         if ctx.tp.size > 1:  # each rank saw its share of the vocabulary only
             dist.all_reduce(grad_hidden, group=ctx.tp.group)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
