@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import trl.rewards
 
 from megalign.errors import UserError
+from megalign.rollout import math_answers
 from megalign.rollout import reward_functions as ours
 from megalign.rollout.math_answers import MathAnswers, Verdict
 
@@ -116,6 +118,16 @@ def test_an_answer_that_takes_forever_is_worth_nothing_and_harms_no_other() -> N
     verdicts = MathAnswers(seconds_an_answer=3).judge([(endless, "$9^{9^{9^{9^{8}}}}+1$"), (r"\boxed{2}", "2")])
     assert verdicts[0].reward == 0.0
     assert verdicts[1] == Verdict(1.0, "[2, '2']", "[2, '2']")
+
+
+def test_a_process_with_many_files_is_answered() -> None:
+    read, write = os.pipe()
+    with os.fdopen(os.dup2(read, 1500)) as far, os.fdopen(write, "w") as near:
+        os.close(read)
+        assert math_answers._read_line(far, 0.01) == ""
+        near.write("an answer\n")
+        near.flush()
+        assert math_answers._read_line(far, 10.0) == "an answer\n"
 
 
 def test_a_judge_that_died_between_answers_is_started_again() -> None:
