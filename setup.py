@@ -25,7 +25,8 @@ def extension() -> dict[str, Any]:
         return {}
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     sources = ["csrc/ops.cpp", "csrc/vocab_logprob_cpu.cpp", "csrc/bf16_products_cpu.cpp"]
-    flags = ["-O3", "-g0", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
+    # OpenMP when compiling alone: linked, a second runtime would not know of torch's number of threads.
+    flags = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     if with_cuda:
         sources.append("csrc/vocab_logprob.cu")
         flags.append("-DMEGALIGN_WITH_CUDA")
