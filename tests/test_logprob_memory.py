@@ -82,4 +82,5 @@ def test_peak_memory_follows_the_chunk_and_not_tokens_times_vocabulary(tmp_path:
             assert grown < 0.1 * logits, (name, chunk, found)
         assert found[VOCABULARIES[1]][name, small, many] < 0.15 * logits, (name, found)
         more = found[VOCABULARIES[1]][name, large, many] - found[VOCABULARIES[1]][name, small, many]
-        assert more > large * 4 / MIB, (name, found)
+        # The logits of a chunk at least, less a tenth of slack twice: a small chunk's peak may lie outside the head.
+        assert more > 0.8 * (large - small) * 4 / MIB, (name, found)

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from megalign import launch
 from megalign.errors import UserError
 from tools.benchmarks import machine
 
@@ -80,6 +81,8 @@ def _serve(pipe: Connection, log: Path, environ: Mapping[str, str]) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    for name in launch.alone():  # a worker is a job of its own, whatever the process that started it belongs to
+        os.environ.pop(name, None)
     os.environ.update(environ)
     target, args = pipe.recv()  # whose modules are imported now, and no earlier
     target(pipe, *args)
