@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 
 from megalign import launch
-
 from tests.megatron_version import found_version, wanted_version
 from tests.ranks import close_idle_ranks
 from tests.tiny import TinyModels
