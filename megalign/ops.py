@@ -158,9 +158,27 @@ def multiply_bf16_in_fp32() -> bool:
 
     For processors without bf16 instructions, where torch's own products take five to ten times fp32's time.
     """
+    global _widens
     if LOADED:
         torch.ops.megalign.multiply_bf16_in_fp32()
+    _widens = LOADED
     return LOADED
+
+
+def add_product_(
+    total: Tensor,  # [m, n] float32
+    left: Tensor,  # [m, k] fp32 or bf16
+    right: Tensor,  # [k, n] of the same dtype
+) -> Tensor:
+    """total += left @ right; where bf16 is widened for its products, the sum is rounded to fp32 only."""
+    if left.dtype is torch.float32:
+        return total.addmm_(left, right)
+    if not _widens or left.is_cuda:
+        return total.add_(left @ right)
+    step = max(1, _WIDENED // max(left.shape[0], right.shape[1], 1))
+    for a, b in zip(left.split(step, dim=1), right.split(step), strict=True):
+        total.addmm_(a.float(), b.float())
+    return total
 
 
 def _entries(logits: Tensor, temperature: Tensor | None, bias: Tensor | None, softcap: float | None) -> Tensor:
@@ -191,3 +209,5 @@ def _load() -> tuple[bool, str]:
 
 
 LOADED, WHY_NOT = _load()
+_widens = False  # multiply_bf16_in_fp32 was called
+_WIDENED = 2**22  # numbers of one matrix that are widened at once: 16 MB

@@ -147,7 +147,7 @@ class TrainEngine:
             config.transformer_impl, self._args.transformer_impl, not_in_transformer_engine(self.architecture)
         )
         parts = [f"layers: {layers}", f"optimizer: {extensions.optimizer_name()}"]
-        if config.gradient_accumulation_fusion:
+        if config.gradient_accumulation_fusion and device.on_cuda():
             parts.append("weight gradients are added inside the matrix products")
         return "; ".join(parts)
 

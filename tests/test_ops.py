@@ -186,3 +186,15 @@ def test_other_products_stay_torchs() -> None:
         torch.mm(left.bfloat16(), torch.randn(6, 7).bfloat16())
     with pytest.raises(RuntimeError, match="same dtype"):
         torch.mm(left.bfloat16(), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_without_rounding_it_first(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.multiply_bf16_in_fp32()
+    monkeypatch.setattr(ops, "_WIDENED", 64)  # several panels
+    made = torch.Generator().manual_seed(0)
+    left, right = torch.randn(9, 50, generator=made).to(dtype), torch.randn(50, 7, generator=made).to(dtype)
+    before = torch.randn(9, 7, generator=made)
+    total = before.clone()
+    assert ops.add_product_(total, left, right) is total
+    torch.testing.assert_close(total.double(), before.double() + left.double() @ right.double(), rtol=0, atol=1e-5)

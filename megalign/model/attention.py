@@ -147,10 +147,8 @@ class PackedAttention(nn.Module):
             key, value = (
                 context.gather_tokens(part, packed_seq_params.order, packed_seq_params.cp) for part in (key, value)
             )
-        parts = [
-            self._attend(queries, key[run.start : run.end], value[run.start : run.end])
-            for run, queries in zip(runs, query.split([run.num_queries for run in runs]), strict=True)
-        ]
+        queries = query.split([run.num_queries for run in runs])
+        parts = [self._attend(*run) for run in zip(queries, _of_runs(key, runs), _of_runs(value, runs), strict=True)]
         return torch.cat(parts).flatten(1).to(dtype)
 
     def _is_one_call(self, query: Tensor, value: Tensor, packed: PackedSequences) -> bool:
@@ -256,6 +254,15 @@ class _Run:
     num_queries: int
     start: int
     end: int
+
+
+def _of_runs(tokens: Tensor, runs: list[_Run]) -> tuple[Tensor, ...]:
+    """The keys or values of each run. Where none is in two of them, in one split, whose gradient is one tensor: each
+    slice's would be as long as all of them."""
+    lengths = [run.end - run.start for run in runs]
+    if sum(lengths) == len(tokens):
+        return tokens.split(lengths)
+    return tuple(tokens[run.start : run.end] for run in runs)
 
 
 def _runs(packed: PackedSequences) -> list[_Run]:

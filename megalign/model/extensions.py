@@ -1,4 +1,4 @@
-"""NVIDIA's optional libraries: which are here, and what Megatron takes from them. Both need a GPU."""
+"""NVIDIA's optional libraries, which need a GPU: which are here, and what Megatron takes from them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def has_transformer_engine() -> bool:
 def fuses_gradient_accumulation(uses_transformer_engine: bool) -> bool:
     """Whether weight gradients can be added to the fp32 buffers inside the matrix product.
 
-    Transformer Engine's linears do it themselves, Megatron's with a kernel that Apex's build makes.
+    Transformer Engine's linears do it themselves, Megatron's with a kernel that Apex's build makes, on a CPU with
+    torch's product (patches.megatron).
     """
-    return device.on_cuda() and (uses_transformer_engine or _imports("fused_weight_gradient_mlp_cuda"))
+    return not device.on_cuda() or uses_transformer_engine or _imports("fused_weight_gradient_mlp_cuda")
 
 
 def optimizer_name() -> str:

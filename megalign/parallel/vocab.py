@@ -161,9 +161,7 @@ def _with_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> 
     """total + grad_logits^T hidden; one chunk needs no fp32 copy of a whole vocabulary to be added up in."""
     if total is None:
         return grad_logits.T @ hidden
-    if grad_logits.dtype is torch.float32:
-        return total.addmm_(grad_logits.T, hidden)
-    return total.float().add_(grad_logits.T @ hidden)
+    return ops.add_product_(total.float(), grad_logits.T, hidden)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -18,13 +18,16 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from megalign import ops
 from megalign.device import on_cuda
 from megalign.forked import Result
 from megalign.patches.unpickling import unpickle_data_only
@@ -86,6 +89,7 @@ def install() -> None:
         _replace_cuda_functions()
         _replace_rng_tracker_state()
         _send_uneven_parts_over_gloo()
+        _add_gradients_on_a_cpu()
         # tensor_parallel/layers.py:738/856; good advice on a GPU.
         _silence(("When using async grad allreduce it is recommended to set the environment variable", UserWarning))
 
@@ -346,6 +350,18 @@ def _add_gradients_without_apex() -> None:
     from megatron.core.tensor_parallel import layers
 
     _replace(layers, "_grad_accum_fusion_available", True)
+
+
+def _add_gradients_on_a_cpu() -> None:
+    """layers.py:569/680 calls Apex's kernel, for which a product of ours stands in; buffers are fp32
+    (model.optimizer)."""
+    from megatron.core.tensor_parallel import layers
+
+    def add(given: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
+        ops.add_product_(main_grad, grad_output.t(), given)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add)
+    _add_gradients_without_apex()
 
 
 def _send_uneven_parts_over_gloo() -> None:

@@ -54,6 +54,7 @@ def test_a_library_needs_a_gpu(monkeypatch) -> None:
     assert not extensions.has_transformer_engine()
     monkeypatch.setattr(extensions.transformer_engine, "HAVE_TE", True)
     assert not extensions.has_transformer_engine()
+    assert extensions.fuses_gradient_accumulation(False)  # a CPU's
     monkeypatch.setattr(device, "on_cuda", lambda: True)
     assert extensions.has_transformer_engine()
     assert extensions.fuses_gradient_accumulation(True) and not extensions.fuses_gradient_accumulation(False)
