@@ -24,7 +24,8 @@ def extension() -> dict[str, Any]:
     except ImportError:
         return {}
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
-    sources = ["csrc/ops.cpp", "csrc/vocab_logprob_cpu.cpp", "csrc/bf16_products_cpu.cpp"]
+    cpu = ("vocab_logprob", "bf16_products", "rms_norm", "swiglu")
+    sources = ["csrc/ops.cpp", *(f"csrc/{name}_cpu.cpp" for name in cpu)]
     # OpenMP when compiling alone: linked, a second runtime would not know of torch's number of threads.
     flags = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     if with_cuda:

@@ -1,4 +1,5 @@
 // The CPU's kernels: a row is read once, in blocks that stay in the first cache; rows are shared out to torch's threads.
+#include "vectors.h"
 #include "vocab_logprob.h"
 
 #include <ATen/Parallel.h>
@@ -7,42 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
-
-// One build runs on every x86-64: the loader picks the widest vectors that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EACH_PROCESSOR __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
-#else
-#define EACH_PROCESSOR
-#endif
-#define INLINE inline __attribute__((always_inline))
 
 namespace megalign {
 namespace {
 
 constexpr int kBlock = 1024;
-
-// exp(x) for x up to 88; below -87 the result is 0. Cody and Waite's reduction, then a polynomial of degree 6: 2 units in
-// the last place. Written so that compilers make vectors of it; a NaN stays one.
-INLINE float exponential(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f; // the sum's lowest bits are the rounded quotient
-  const float quotient = shifted - 12582912.0f;
-  float rest = clamped - quotient * 0.693359375f;
-  rest += quotient * 2.12194440e-4f;
-  float value = 1.9875691500e-4f;
-  value = value * rest + 1.3981999507e-3f;
-  value = value * rest + 8.3334519073e-3f;
-  value = value * rest + 4.1665795894e-2f;
-  value = value * rest + 1.6666665459e-1f;
-  value = value * rest + 5.0000001201e-1f;
-  value = value * rest * rest + rest + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(quotient) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < -87.0f ? 0.0f : value * power;
-}
 
 // By its series near 0, where 1 - 2 / (e^2x + 1) would lose the digits.
 INLINE float hyperbolic_tangent(float x) {
@@ -55,20 +26,11 @@ INLINE float hyperbolic_tangent(float x) {
 }
 
 EACH_PROCESSOR void widen(const uint16_t* from, float* to, int size) {
-  for (int i = 0; i < size; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(&to[i], &bits, sizeof bits);
-  }
+  for (int i = 0; i < size; ++i) to[i] = widened(from[i]);
 }
 
-// To the nearest, ties to even.
 EACH_PROCESSOR void narrow(const float* from, uint16_t* to, int size) {
-  for (int i = 0; i < size; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &from[i], sizeof bits);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to[i] = static_cast<uint16_t>(from[i] != from[i] ? 0x7fc0u : rounded);
-  }
+  for (int i = 0; i < size; ++i) narrow_to(to + i, from[i]);
 }
 
 EACH_PROCESSOR void add(float* x, const float* bias, int size) {

@@ -10,6 +10,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NAMES = ("top", "sum", "weighted", "target", "logits", "squares")
@@ -85,6 +86,64 @@ def vocab_gradient_(
         logits, labels.contiguous(), *_columns(temperature, bias), softcap or 0.0, num_real, *_columns(*columns)
     )
     return logits
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False) -> Tensor:
+    """normed * weight, normed = hidden / sqrt(mean(hidden^2) + eps) of the last dimension; zero-centred 1 + weight.
+
+    The mean is fp32. Normed is rounded to hidden's dtype before the weight, but zero-centred once, at the end.
+    """
+    if hidden.device.type == "cpu" and is_compiled(hidden) and weight.dtype is hidden.dtype:
+        return _RmsNorm.apply(hidden, weight, eps, zero_centered)
+    return rms_norm_in_torch(hidden, weight, eps=eps, zero_centered=zero_centered)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu of the last dimension's first half, rounded to its dtype, times the second."""
+    if gate_up.device.type == "cpu" and is_compiled(gate_up):
+        return _SwiGlu.apply(gate_up)
+    return swiglu_in_torch(gate_up)
+
+
+def rms_norm_in_torch(hidden: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False) -> Tensor:
+    """`rms_norm`, pass by pass."""
+    normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=eps)
+    if zero_centered:  # Gemma's, which is rounded once, at the end
+        return (normed * (1.0 + weight.float())).to(hidden.dtype)
+    # Rounded before the weight, as transformers does: bf16 must not round twice.
+    return normed.to(hidden.dtype) * weight
+
+
+def swiglu_in_torch(gate_up: Tensor) -> Tensor:
+    """`swiglu`, pass by pass."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, eps, zero_centered):  # noqa: ANN001, ANN205
+        normed, rstd = torch.ops.megalign.rms_norm(hidden, weight, eps, zero_centered)
+        ctx.save_for_backward(hidden, weight, rstd)
+        ctx.zero_centered = zero_centered
+        return normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        return *torch.ops.megalign.rms_norm_backward(grad, *ctx.saved_tensors, ctx.zero_centered), None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(gate_up)
+        return torch.ops.megalign.swiglu(gate_up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        return torch.ops.megalign.swiglu_backward(grad, *ctx.saved_tensors)
 
 
 def vocab_statistics_in_torch(

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megalign import ops
 
@@ -198,3 +200,138 @@ def test_a_product_is_added_without_rounding_it_first(dtype: torch.dtype, monkey
     total = before.clone()
     assert ops.add_product_(total, left, right) is total
     torch.testing.assert_close(total.double(), before.double() + left.double() @ right.double(), rtol=0, atol=1e-5)
+
+
+# Rows of one number, less than a vector, SmolLM2's, and more than one block; 70 rows are three parts of the weight's
+# gradient.
+WIDTHS = (1, 7, 64, 576, 1030, 2049)
+NUM_ROWS = 70
+BF16 = {"rtol": 2**-8, "atol": 1e-4}  # half a unit in the last place
+EPS = 1e-5
+
+
+def layer_input(width: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    return (torch.randn(NUM_ROWS, width, generator=generator) * 3).to(dtype)
+
+
+def check_rounding(found: Tensor, wanted: Tensor) -> None:
+    """The same numbers in bf16, but for the very few that fp32's last digit puts to the other side."""
+    assert found.dtype is wanted.dtype and found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=2**-7 if found.dtype is torch.bfloat16 else 1e-6, atol=1e-30)
+    assert found.dtype is torch.float32 or (found != wanted).sum() <= found.numel() / 1000
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norms_equal_torch_and_fp64_autograd(width: int, dtype: torch.dtype, zero_centered: bool) -> None:
+    hidden, weight = layer_input(width, dtype).requires_grad_(), layer_input(width, dtype)[0].clone().requires_grad_()
+    seed = layer_input(width, dtype).flip(0)
+    found = ops.rms_norm(hidden, weight, eps=EPS, zero_centered=zero_centered)
+    check_rounding(found, ops.rms_norm_in_torch(hidden, weight, eps=EPS, zero_centered=zero_centered))
+    found.backward(seed)
+
+    x, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    F.rms_norm(x, (width,), 1 + w if zero_centered else w, EPS).backward(seed.double())
+    assert hidden.grad.dtype is weight.grad.dtype is dtype
+    if dtype is torch.float32:
+        torch.testing.assert_close(hidden.grad.double(), x.grad, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-5, atol=1e-4)
+        return
+    torch.testing.assert_close(hidden.grad.double(), x.grad, **BF16)
+    if not zero_centered:  # what the weight multiplies was rounded
+        normed = ops.rms_norm_in_torch(hidden, torch.ones_like(weight), eps=EPS)
+        w.grad = (normed.double() * seed.double()).sum(0)
+    torch.testing.assert_close(weight.grad.double(), w.grad, **BF16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_equals_torch_and_fp64_autograd(width: int, dtype: torch.dtype) -> None:
+    gate_up, seed = layer_input(2 * width, dtype).requires_grad_(), layer_input(width, dtype)
+    found = ops.swiglu(gate_up)
+    check_rounding(found, ops.swiglu_in_torch(gate_up))
+    found.backward(seed)
+    x = gate_up.detach().double().requires_grad_()
+    ops.swiglu_in_torch(x).backward(seed.double())
+    assert gate_up.grad.dtype is dtype
+    noise = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-5}
+    torch.testing.assert_close(gate_up.grad.double(), x.grad, **noise)
+
+
+def test_swiglu_of_large_and_no_numbers() -> None:
+    gates = torch.tensor([float("nan"), float("inf"), -100.0, -87.5, -80.0, 0.0, 80.0, 100.0])
+    gate_up = torch.cat([gates, torch.full_like(gates, 2.0)]).requires_grad_()
+    found = ops.swiglu(gate_up)
+    torch.testing.assert_close(found, ops.swiglu_in_torch(gate_up), equal_nan=True, rtol=1e-6, atol=1e-35)
+    found.sum().backward()
+    slopes, ups = gate_up.grad.chunk(2)
+    torch.testing.assert_close(slopes[2:], torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 2.0]), rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(ups, F.silu(gates), equal_nan=True, rtol=1e-6, atol=1e-35)
+    assert slopes[0].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_heads_and_of_no_rows(dtype: torch.dtype) -> None:
+    """Queries are a view of what they come from; the gradient of a sum is one number, spread out."""
+    rows = layer_input(3 * 2 * 12, dtype).view(NUM_ROWS, 1, 2, 36)
+    weight = layer_input(12, dtype)[0].clone()
+    views = [rows.clone().requires_grad_() for _ in range(2)]
+    for given, norm in zip(views, (ops.rms_norm, ops.rms_norm_in_torch), strict=True):
+        norm(given[..., 12:24], weight, eps=EPS).sum().backward()
+    noise = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-5, "atol": 0.05}
+    torch.testing.assert_close(views[0].grad, views[1].grad, **noise)
+    assert views[0].grad[..., :12].count_nonzero() == 0 < views[0].grad[..., 12:24].count_nonzero()
+    strided = layer_input(24, dtype).T[:20].T
+    check_rounding(ops.swiglu(strided), ops.swiglu_in_torch(strided))
+
+    nothing, learnt = torch.zeros(0, 3, 8, dtype=dtype).requires_grad_(), torch.ones(8, dtype=dtype).requires_grad_()
+    ops.rms_norm(nothing, learnt, eps=EPS).sum().backward()
+    assert nothing.grad.shape == (0, 3, 8) and torch.equal(learnt.grad, torch.zeros(8, dtype=dtype))
+    assert ops.swiglu(nothing).shape == (0, 3, 4)
+
+
+def test_a_weights_gradient_is_the_same_for_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    gradients = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            hidden, weight = layer_input(2049, torch.float32).requires_grad_(), torch.ones(2049).requires_grad_()
+            ops.rms_norm(hidden, weight, eps=EPS).backward(layer_input(2049, torch.float32).flip(0))
+            gradients.append((hidden.grad, weight.grad))
+    finally:
+        torch.set_num_threads(threads)
+    for found in gradients[1:]:
+        assert all(map(torch.equal, found, gradients[0]))
+
+
+def test_norm_and_swiglu_are_recomputed_and_hold_no_more_than_their_input() -> None:
+    gate_up, weight = layer_input(512, torch.float32).requires_grad_(), layer_input(512, torch.float32)[0].clone()
+    saved: list[Tensor] = []
+
+    def both(given: Tensor) -> Tensor:
+        return ops.swiglu(ops.rms_norm(given, weight, eps=EPS))
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        both(gate_up).square().sum().backward()
+    assert [tensor.numel() for tensor in saved[:4]] == [gate_up.numel(), 512, NUM_ROWS, gate_up.numel()]
+    assert saved[0].data_ptr() == gate_up.data_ptr()
+    wanted = gate_up.grad
+    gate_up.grad = None
+    checkpoint(both, gate_up, use_reentrant=False).square().sum().backward()
+    assert torch.equal(gate_up.grad, wanted)
+    with torch.no_grad():
+        assert not both(gate_up).requires_grad
+
+
+def test_norms_and_swiglu_of_other_dtypes_are_torchs() -> None:
+    """A weight of another dtype too: the result has the wider one."""
+    narrow, wide = layer_input(8, torch.bfloat16), layer_input(8, torch.float32)
+    assert ops.rms_norm(narrow, wide[0], eps=EPS).dtype is torch.float32
+    assert ops.swiglu(wide.double()).dtype is torch.float64
+    with pytest.raises(RuntimeError, match="even number"):
+        ops.swiglu(layer_input(7, torch.float32))
+    with pytest.raises(RuntimeError, match="weight must be 8 numbers"):
+        ops.rms_norm(wide, torch.ones(7), eps=EPS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megalign.conversion.architecture import Architecture
 from megalign.model.extensions import TRANSFORMER_ENGINE, fuses_gradient_accumulation
 from megalign.model.fp8 import fp8
-from megalign.model.layer_spec import transformer_impl
+from megalign.model.layer_spec import is_swiglu, transformer_impl
 from megalign.model.layout_checks import check_layout
 from megalign.model.recomputation import recomputation
 from megalign.parallel.groups import ParallelGroups
@@ -52,6 +52,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         activation_func=ACTIVATIONS[architecture.activation],
         activation_func_clamp_value=architecture.activation_limit,
         glu_linear_offset=architecture.up_offset,
+        use_te_activation_func=not uses_te and is_swiglu(architecture),
         layernorm_zero_centered_gamma=architecture.zero_centered_norms,
         softmax_scale=architecture.softmax_scale,
         add_bias_linear=False,

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megalign.conversion.architecture import Architecture, LayerKind
 from megalign.errors import UserError
+from megalign.model.activations import SwiGLU
 from megalign.model.attention import PackedAttention
 from megalign.model.experts import ExpertRowParallelLinear
 from megalign.model.extensions import LOCAL, TRANSFORMER_ENGINE, has_transformer_engine
@@ -76,6 +77,11 @@ def can_share_prefixes(config: TransformerConfig, architecture: Architecture) ->
     )
 
 
+def is_swiglu(architecture: Architecture) -> bool:
+    """Whether a feed-forward part has silu(gate) * up between its linears, and nothing else."""
+    return architecture.activation == "silu" and architecture.activation_limit is None and not architecture.up_offset
+
+
 def layer_spec(
     config: TransformerConfig, architecture: Architecture, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
@@ -123,6 +129,9 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
         _submodules(parts.mlp).router = partial(TokenRouter, experts=architecture.moe)
         if architecture.linear_bias:
             _submodules(_submodules(parts.mlp).experts).linear_fc2 = ExpertRowParallelLinear
+    if config.use_te_activation_func:
+        for feed_forward in _feed_forward_parts(parts.mlp, kind):
+            feed_forward.activation_func = SwiGLU
     parts.sharded_state_dict_keys_map = fused_norms(config, kind)
     attention = parts.self_attention.submodules
     if architecture.mla is not None:  # it rotates a part of its heads itself
@@ -147,6 +156,12 @@ def _local_layer(config: TransformerConfig, architecture: Architecture, number: 
 def _submodules(spec: Any) -> Any:
     """The parts of a module, which 0.19 describes by a partial and 0.16 by a ModuleSpec."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
+
+
+def _feed_forward_parts(mlp: Any, kind: LayerKind) -> list[Any]:
+    """The parts of the layer's MLP, or of its experts and what stands beside them for all tokens."""
+    parts = _submodules(mlp)
+    return [parts] if kind == "dense" else [_submodules(parts.experts), _submodules(parts.shared_experts)]
 
 
 def fused_norms(config: TransformerConfig, kind: LayerKind) -> dict[str, str]:

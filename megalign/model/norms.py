@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn, ones
+
+from megalign import ops
 
 
 class RMSNorm(nn.Module):
@@ -22,11 +23,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps)
-        if self.zero_centered:  # Gemma's, which is rounded once, at the end
-            return (normed * (1.0 + self.weight.float())).to(hidden.dtype)
-        # Rounded before the weight, as transformers does: bf16 must not round twice.
-        return normed.to(hidden.dtype) * self.weight
+        return ops.rms_norm(hidden, self.weight, eps=self.eps, zero_centered=self.zero_centered)
 
 
 class NormedRowParallelLinear(RowParallelLinear):

@@ -20,6 +20,7 @@ from megalign.conversion.architecture import Architecture, MixtureOfExperts
 from megalign.conversion.names import canonical
 from megalign.errors import UserError
 from megalign.model import build, extensions, layer_spec
+from megalign.model.activations import SwiGLU
 from megalign.model.attention import PackedSequences
 from megalign.model.optimizer import adam_states
 from megalign.parallel.groups import Axis
@@ -81,15 +82,16 @@ def test_the_names_say_why_nothing_faster_is_used(monkeypatch) -> None:
     assert extensions.layers_name("local", "local", lacks) == "plain torch (transformer_impl='local')"
 
 
-def described(path: str) -> tuple[str, list[str]]:
+def described(path: str) -> tuple[str, list[str], int]:
     engine = make_engine(path, ONE_RANK)
     states = engine._models[0].sharded_state_dict()
-    return engine.made_of, sorted({item.key for name, item in states.items() if not name.endswith("_extra_state")})
+    keys = sorted({item.key for name, item in states.items() if not name.endswith("_extra_state")})
+    return engine.made_of, keys, sum(isinstance(module, SwiGLU) for module in engine._models[0].modules())
 
 
 def test_checkpoints_have_transformer_engines_names(tmp_path: Path) -> None:
     """Written by hand from get_gpt_layer_with_transformer_engine_spec: a linear's norm is part of the linear."""
-    ((line, keys),) = run_ranks(1, described, save_tiny_model("qwen3", tmp_path, tie_word_embeddings=False))
+    ((line, keys, fused),) = run_ranks(1, described, save_tiny_model("qwen3", tmp_path, tie_word_embeddings=False))
     assert line == (
         "layers: plain torch (Transformer Engine is not installed); "
         "optimizer: torch AdamW (NVIDIA Apex is not installed)"
@@ -106,6 +108,22 @@ def test_checkpoints_have_transformer_engines_names(tmp_path: Path) -> None:
     ]
     others = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
     assert keys == sorted([*others, *(f"decoder.layers.{name}" for name in layer)])
+    assert fused > 0  # and has no name
+
+
+def test_silu_and_its_product_are_one_module_wherever_they_are() -> None:
+    moe = MixtureOfExperts(num_experts=2, top_k=1, ffn_hidden_size=8)
+    for architecture, kind in ((ARCHITECTURE, "dense"), (replace(ARCHITECTURE, moe=moe), "moe")):
+        for fused in (True, False):
+            config: Any = SimpleNamespace(
+                num_moe_experts=2, qk_layernorm=False, multi_latent_attention=False, use_te_activation_func=fused
+            )
+            layer = layer_spec._local_layer(config, architecture, 0)
+            parts = layer_spec._feed_forward_parts(layer.submodules.mlp, kind)
+            assert {part.activation_func for part in parts} == {SwiGLU if fused else None}
+    assert layer_spec.is_swiglu(ARCHITECTURE)
+    for other in ({"activation": "gelu_tanh"}, {"activation_limit": 7.0}, {"up_offset": 1.0}):
+        assert not layer_spec.is_swiglu(replace(ARCHITECTURE, **other))
 
 
 @pytest.mark.parametrize("latent, qk_norm", [(False, True), (True, True), (True, False)])
