@@ -56,13 +56,14 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     model_flags(parser)
     parser.add_argument("--dataset", type=Path, help=".jsonl rows in order; made here when not given")
     parser.add_argument("--batch", type=int, help="rows or pairs (4), or completions (32, in groups of 8), a step")
-    parser.set_defaults(share_prefixes=True, max_completion_length=0)
+    parser.set_defaults(share_prefixes=True, max_completion_length=0, prompt_days=1)
 
 
 def grpo_flags(parser: argparse.ArgumentParser) -> None:
     """Of grpo."""
     training_flags(parser)
     parser.add_argument("--max-completion-length", type=int, default=16)
+    parser.add_argument("--prompt-days", type=int, default=1, help="of a made prompt's story, 12 tokens each")
     parser.add_argument(
         "--no-share-prefixes",
         dest="share_prefixes",

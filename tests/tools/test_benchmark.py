@@ -158,6 +158,11 @@ def test_made_rows_are_right_sums_and_the_same_each_time() -> None:
         assert row["completion"].endswith(f"#### {int(words[2]) + sum(added)}")
 
 
+def test_the_prompts_of_grpo_are_as_long_as_asked_for() -> None:
+    for days in (1, 8):
+        assert {row["prompt"].count("On day") for row in make_rows("grpo", 5, days)} == {days}
+
+
 def test_made_pairs_have_a_right_answer_and_a_wrong_one() -> None:
     for row in make_rows("dpo", 20):
         right, wrong = (int(row[name].rpartition("#### ")[2]) for name in ("chosen", "rejected"))

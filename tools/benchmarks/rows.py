@@ -39,12 +39,12 @@ def as_pair(row: Row, rng: random.Random) -> Row:
     return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected}
 
 
-def make_rows(job: str, count: int) -> list[Row]:
-    """The rows when no file is given, the same in every run: of 4 to 11 days, GRPO's of one."""
+def make_rows(job: str, count: int, prompt_days: int = 1) -> list[Row]:
+    """The rows when no file is given, the same in every run: of 4 to 11 days, GRPO's of `prompt_days`."""
     rng = random.Random(0)
     rows = []
     for _ in range(count):
-        row = word_problem(rng, 1 if job == "grpo" else rng.randint(4, 11))
+        row = word_problem(rng, prompt_days if job == "grpo" else rng.randint(4, 11))
         rows.append(as_pair(row, rng) if job == "dpo" else row)
     return rows
 

@@ -160,7 +160,15 @@ def work(pipe: Connection, engine: str, options: argparse.Namespace, rows: list[
 def rows_for(options: argparse.Namespace) -> list[Row]:
     """As many as all steps take, and one more, which is never asked for."""
     count = (options.repetitions + 2) * (options.batch // NUM_GENERATIONS if options.job == "grpo" else options.batch)
-    return read_rows(options.dataset, options.job, count) if options.dataset else make_rows(options.job, count)
+    if options.dataset:
+        return read_rows(options.dataset, options.job, count)
+    return make_rows(options.job, count, options.prompt_days)
+
+
+def given_to_grpo(options: argparse.Namespace) -> str:
+    """What its table says of its flags."""
+    days = f", prompts of {options.prompt_days} days" if options.prompt_days > 1 else ""
+    return days + ("" if options.share_prefixes else ", prefixes not shared")
 
 
 def check_same_work(job: str, dtype: str, number: int, ours: Step, theirs: Step) -> None:
@@ -227,7 +235,7 @@ def run(options: argparse.Namespace) -> None:
     what = {"sft": "rows", "dpo": "pairs", "grpo": f"completions of at most {options.max_completion_length} tokens"}
     found = report.Report(
         title=f"{options.job}: {options.batch} {what[options.job]} a step, medians of {options.repetitions}, "
-        f"{options.model.name}, {options.dtype}{'' if options.share_prefixes else ', prefixes not shared'}",
+        f"{options.model.name}, {options.dtype}{given_to_grpo(options)}",
         entries=entries,
         columns={
             "engine": lambda entry: entry["engine"],
