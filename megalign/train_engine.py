@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -155,7 +155,7 @@ class TrainEngine:
         """This rank's parts of the Hugging Face tensors, each byte of the model once over a model copy."""
         return export.named_slices(self._weights(), self.groups, self.architecture)
 
-    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+    def gathered(self) -> Generator[tuple[str, Tensor], None, None]:
         """Whole Hugging Face tensors on every rank of the model copy, in bounded buckets; collective."""
         return export.gathered(self._weights(), self.groups, self.architecture)
 

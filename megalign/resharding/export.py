@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,24 +32,32 @@ def named_slices(chunks: Sequence[nn.Module], groups: ParallelGroups, architectu
                 yield Slice(name, plan.shapes[name], piece.hf_index, part)
 
 
-@torch.no_grad()
 def gathered(
     chunks: Sequence[nn.Module],
     groups: ParallelGroups,
     architecture: Architecture,
-    bucket_bytes: int = 256 << 20,
-) -> Iterator[tuple[str, Tensor]]:
+    bucket_bytes: int = 128 << 20,
+) -> Generator[tuple[str, Tensor], None, None]:
     """Whole tensors, bitwise, on every rank of the model copy; a tensor may be a view of a parameter.
 
-    A collective over groups.copy: every rank must exhaust the iterator. At most about twice `bucket_bytes`
-    (or twice the largest tensor) is held at a time.
+    A collective over groups.copy: every rank must exhaust the iterator, or close it at the same tensor. One bucket is
+    handed out while the next one travels, so at most about twice `bucket_bytes` (or twice the largest tensor) is held
+    at a time, beside the buckets of which whoever reads it still keeps a tensor.
     """
     plan = plan_of(chunks, groups, architecture)
     local = local_tensors(chunks, groups, architecture)
-    for names in split_into_buckets(plan, bucket_bytes):
-        parts = iter(_exchange([owned for name in names for owned in plan.tensors[name]], local, groups))
-        for name in names:
-            yield name, _assemble(plan.shapes[name], [(owned, next(parts)) for owned in plan.tensors[name]])
+    # Each starts when it is asked for: the next one travels while whoever reads the stream has the present one.
+    buckets = (_Bucket(plan, names, local, groups) for names in split_into_buckets(plan, bucket_bytes))
+    following = next(buckets)
+    try:
+        while following is not None:
+            present = following  # lets go of the one before: two are held at most
+            present.wait()
+            following = next(buckets, None)
+            yield from present.tensors()
+    finally:
+        if following is not None:
+            following.wait()
 
 
 def split_into_buckets(plan: Plan, bucket_bytes: int) -> list[list[str]]:
@@ -120,35 +128,52 @@ def _write(
     return None
 
 
-def _exchange(owned: list[OwnedPiece], local: dict[Key, LocalTensor], groups: ParallelGroups) -> list[Tensor]:
-    """The pieces' contents: each owner broadcasts one flat buffer of its pieces over the model copy."""
-    mine = {
-        number: local[item.key].tensor[item.piece.shard_index]
-        for number, item in enumerate(owned)
-        if item.owner == groups.copy.rank
-    }
-    if groups.copy.size == 1:
-        return list(mine.values())
-    sizes: dict[int, int] = {}
-    offsets = []
-    for item in owned:
-        offsets.append(sizes.get(item.owner, 0))
-        sizes[item.owner] = offsets[-1] + -(-_nbytes(item) // _ALIGNMENT) * _ALIGNMENT
-    device = next(iter(local.values())).tensor.device
-    buffers = {owner: torch.empty(size, dtype=torch.uint8, device=device) for owner, size in sizes.items()}
-    parts = [
-        buffers[item.owner][offset : offset + _nbytes(item)].view(item.dtype).view(item.piece.shape)
-        for item, offset in zip(owned, offsets, strict=True)
-    ]
-    for number, tensor in mine.items():
-        parts[number].copy_(tensor)
-    works = [
-        dist.broadcast(buffer, src=groups.copy.ranks[owner], group=groups.copy.group, async_op=True)
-        for owner, buffer in buffers.items()
-    ]
-    for work in works:
-        work.wait()
-    return parts
+class _Bucket:
+    """Tensors under way to every rank: each owner broadcasts one flat buffer of its pieces over the model copy."""
+
+    def __init__(
+        self, plan: Plan, names: Sequence[str], local: Mapping[Key, LocalTensor], groups: ParallelGroups
+    ) -> None:
+        self._owned = {name: plan.tensors[name] for name in names}
+        self._shapes = plan.shapes
+        self._works: list[dist.Work] = []
+        owned = [item for items in self._owned.values() for item in items]
+        mine = {
+            number: local[item.key].tensor[item.piece.shard_index]
+            for number, item in enumerate(owned)
+            if item.owner == groups.copy.rank
+        }
+        if groups.copy.size == 1:
+            self._parts = list(mine.values())
+            return
+        sizes: dict[int, int] = {}
+        offsets = []
+        for item in owned:
+            offsets.append(sizes.get(item.owner, 0))
+            sizes[item.owner] = offsets[-1] + -(-_nbytes(item) // _ALIGNMENT) * _ALIGNMENT
+        device = next(iter(local.values())).tensor.device
+        buffers = {owner: torch.empty(size, dtype=torch.uint8, device=device) for owner, size in sizes.items()}
+        self._parts = [
+            buffers[item.owner][offset : offset + _nbytes(item)].view(item.dtype).view(item.piece.shape)
+            for item, offset in zip(owned, offsets, strict=True)
+        ]
+        for number, tensor in mine.items():
+            self._parts[number].copy_(tensor)
+        self._works = [
+            dist.broadcast(buffer, src=groups.copy.ranks[owner], group=groups.copy.group, async_op=True)
+            for owner, buffer in buffers.items()
+        ]
+
+    def wait(self) -> None:
+        """On return (on a GPU: for what is put on its stream from now on) the tensors are here."""
+        while self._works:
+            self._works.pop(0).wait()
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each one whole."""
+        parts = iter(self._parts)
+        for name, owned in self._owned.items():
+            yield name, _assemble(self._shapes[name], [(item, next(parts)) for item in owned])
 
 
 def _assemble(shape: tuple[int, ...], parts: list[tuple[OwnedPiece, Tensor]]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,13 +40,14 @@ def sync_weights(engine: TrainEngine, rollout: RolloutEngine) -> Synced:
     device.begin_peak()
     before = device.resident_bytes()
 
-    def watched() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in engine.gathered():
+    def watched(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
             synced.num_bytes += tensor.nbytes
             synced.peak_bytes = max(synced.peak_bytes, device.peak_bytes() - before)
             yield name, tensor
 
-    rollout.update_weights(watched())
+    with closing(engine.gathered()) as tensors:  # an engine that raises leaves no collective under way
+        rollout.update_weights(watched(tensors))
     device.synchronize()
     synced.peak_bytes = max(synced.peak_bytes, device.peak_bytes() - before)
     synced.seconds = time.perf_counter() - started

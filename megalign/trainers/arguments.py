@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import TrainerCallback
 
 from megalign.config.base import field_of
-from megalign.data.table import as_table, take_rows
 from megalign.errors import UserError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -117,38 +115,6 @@ def as_list(given: Any) -> list[Any]:
 def has_tokenizer(model_path: str) -> bool:
     """Whether the directory holds a tokenizer; rows that are token ids already need none."""
     return any((Path(model_path) / file).exists() for file in _TOKENIZER_FILES)
-
-
-def as_dataset(
-    dataset: Any,
-    name: str,
-    *,
-    count: int | None = None,
-    shuffle: bool = False,
-    seed: int = 0,
-    skip_bad_rows: bool = False,
-) -> Dataset:
-    """A datasets.Dataset as it is, a list of rows as one, or the first `count` rows of a stream.
-
-    `count` is what max_steps will take: max_steps times the rows of a step; an evaluation stream is read whole.
-    With `skip_bad_rows` a row that does not go into a table with the others says so in a column of its own (BROKEN).
-    """
-    if isinstance(dataset, IterableDataset):
-        if count is None and name == "train_dataset":
-            raise UserError(
-                "train_dataset is an IterableDataset and max_steps, which says how many of its rows are read, is not "
-                "set (or packing=True leaves it open); set max_steps, or give a Dataset or a list"
-            )
-        return take_rows(dataset, count, shuffle=shuffle, seed=seed, skip_bad_rows=skip_bad_rows)
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        raise UserError(
-            f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one of its splits"
-        )
-    if isinstance(dataset, Dataset):
-        return dataset
-    if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
-        return as_table(dataset, skip_bad_rows=skip_bad_rows)
-    raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of dicts")
 
 
 def check_evaluation(args: Any, eval_dataset: Any) -> None:

@@ -20,21 +20,19 @@ from megalign.batch import Batch, Counts
 from megalign.callbacks import TrainerState
 from megalign.checkpoints.find import ENGINE
 from megalign.conversion.families import architecture_of
-from megalign.conversion.flops import forward_flops, training_flops
+from megalign.conversion.flops import training_flops
 from megalign.conversion.hf_files import read_config
-from megalign.data import prepared
-from megalign.data.balance import Budget
 from megalign.data.broken import Skipped
 from megalign.data.chat import load_tokenizer
 from megalign.errors import UserError
 from megalign.model.layout_checks import check_policy
-from megalign.parallel.control import barrier, gather_objects
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments
 from megalign.trainers.keeping import Keeper
 from megalign.trainers.reporting import MetricsWindow
+from megalign.trainers.rows import EVALUATION, TRAIN, Rows
 from megalign.trainers.run import Accelerator, Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
@@ -50,7 +48,6 @@ class Trainer:
     config_class: ClassVar[type]
     refused_arguments: ClassVar[Mapping[str, str]] = {}  # of TRL's constructor, with the reason
     data_fields: ClassVar[tuple[str, ...]] = DATA_FIELDS
-    _skipped_rows = 0  # rows of train_dataset that skip_bad_rows has left out
     named_counts: ClassVar[Mapping[str, CountFn]] = {}  # global counts that the loss divides by, beside the usual
 
     def __init__(
@@ -91,8 +88,9 @@ class Trainer:
         arguments.refuse_same_directory(args.output_dir, {"model": self.model_path})
         arguments.make_output_dir(args.output_dir)
         set_seed(args.seed)
-        self.train_rows = self._prepare(train_dataset, "train_dataset")
-        self.eval_rows = self._prepare(eval_dataset, "eval_dataset")
+        self.rows = Rows(args, self.groups, self.architecture)
+        self.train_rows = self._prepared(train_dataset, TRAIN)
+        self.eval_rows = self._prepared(eval_dataset, EVALUATION)
         self.policy = self.make_policy()
         self.run = Run(args, self.groups, callbacks, model=self.policy, processing_class=self.processing_class)
         self.keeper = Keeper(self)
@@ -139,6 +137,10 @@ class Trainer:
     def tokenized(self, dataset: Dataset, *, for_evaluation: bool, skipped: Skipped | None = None) -> Dataset:
         """The rows that the trainer works on, without those that `skipped` notes, if given; called once in the job."""
         raise NotImplementedError
+
+    def with_row_columns(self, rows: Dataset) -> Dataset:
+        """Tokenized rows with what is computed of them once; called on every rank."""
+        return rows
 
     def max_steps(self) -> int:
         """Optimizer steps of the run; 0 or less leaves it to num_train_epochs."""
@@ -213,8 +215,8 @@ class Trainer:
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
         self.keeper.resume(resume_from_checkpoint)
-        if self._skipped_rows:
-            self.run.window.set(skipped_rows=self._skipped_rows)  # once, in the first line that is logged
+        if self.rows.num_skipped:
+            self.run.window.set(skipped_rows=self.rows.num_skipped)  # once, in the first line that is logged
         started, first_step = time.time(), self.state.global_step
         if first_step >= self.plan.max_steps:
             self.run.say(f"the run is finished: its checkpoint is of step {first_step} of {self.plan.max_steps}")
@@ -224,7 +226,7 @@ class Trainer:
                     self._end_epoch()
                 self.keeper.end_checkpoint()
                 self.keeper.write_model()
-            self._remove_prepared_files()
+            self.eval_rows = self.rows.without_files(self.eval_rows)
             return TrainOutput(first_step, 0.0, {})
         self.run.event("on_train_begin")
         if self.args.eval_on_start and first_step == 0:  # else that was before the run's first step
@@ -242,12 +244,12 @@ class Trainer:
         self.keeper.end_checkpoint()
         self.keeper.write_model()
         self.keeper.end_export()
-        self._remove_prepared_files()
+        self.eval_rows = self.rows.without_files(self.eval_rows)
         return output
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float | None]:
         """The metrics of the evaluation rows under eval_* names; logged like transformers' Trainer does."""
-        rows = self.eval_rows if eval_dataset is None else self._prepare(eval_dataset, "eval_dataset")
+        rows = self.eval_rows if eval_dataset is None else self._prepared(eval_dataset, EVALUATION)
         if isinstance(rows, Mapping):
             parts = [self._evaluate(part, f"{metric_key_prefix}_{name}") for name, part in rows.items()]
             return {name: value for part in parts for name, value in part.items()}
@@ -299,12 +301,6 @@ class Trainer:
     def counts(self, batches: list[Batch]) -> Counts:
         """The global counts of a step; `batches` are this rank's."""
         return reduce_counts(batches, self.groups, self.named_counts)
-
-    @property
-    def budget(self) -> Budget | None:
-        """How a step's rows are dealt out, where max_tokens_per_microbatch says so."""
-        tokens = self.args.max_tokens_per_microbatch
-        return None if tokens is None else Budget(tokens, lambda length: forward_flops(self.architecture, [length], 0))
 
     def _flops(self, batches: list[Batch]) -> float:
         """Of the policy's update, for each rank of this replica."""
@@ -393,40 +389,9 @@ class Trainer:
 
     # ---- rows
 
-    def _prepare(self, dataset: Any, name: str) -> Any:
+    def _prepared(self, dataset: Any, name: str) -> Any:
         if dataset is None:
             return None
-        if name == "eval_dataset" and isinstance(dataset, Mapping):
-            return {part: self._prepare(rows, name) for part, rows in dataset.items()}
-        skipped = Skipped() if self.args.skip_bad_rows else None
-        rows = prepared.once_per_job(
-            lambda: self.tokenized(
-                prepared.of_this_code(self._as_dataset(dataset, name)),
-                for_evaluation=name == "eval_dataset",
-                skipped=skipped,
-            ),
-            self.args.output_dir,
-        )
-        if skipped is not None and name == "train_dataset":  # the rank that has prepared them knows
-            self._skipped_rows = gather_objects(skipped.count, self.groups.world)[0]
-        return rows
-
-    def _as_dataset(self, dataset: Any, name: str) -> Dataset:
-        if name == "eval_dataset":
-            return arguments.as_dataset(dataset, name, skip_bad_rows=self.args.skip_bad_rows)
-        order = {
-            "shuffle": self.args.shuffle_dataset,
-            "seed": self.args.data_order_seed,
-            "skip_bad_rows": self.args.skip_bad_rows,
-        }
-        return arguments.as_dataset(dataset, name, count=self.rows_needed(), **order)
-
-    def _remove_prepared_files(self) -> None:
-        """The trained model's directory is left without the files through which rank 0 handed out its rows."""
-        if self.groups.world.size == 1:
-            return
-        # Mapped files outlive their names, but not on another node; evaluate() is often called after train().
-        self.eval_rows = prepared.in_memory(self.eval_rows)
-        barrier(self.groups.world)
-        if self.groups.world.rank == 0:
-            prepared.remove(self.args.output_dir)
+        if name == EVALUATION and isinstance(dataset, Mapping):
+            return {part: self._prepared(rows, name) for part, rows in dataset.items()}
+        return self.with_row_columns(self.rows.prepared(dataset, name, self.tokenized, self.rows_needed))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -12,11 +11,9 @@ from datasets import Dataset
 from megalign.batch import Batch
 from megalign.data.balance import Budget
 from megalign.data.chat import adapt_tokenizer, load_tokenizer
-from megalign.data.collate import packed_share
-from megalign.data.rows import ROW_NUMBER, numbers_of
-from megalign.data.sampler import EpochSampler
 from megalign.train_engine import StepResult
 from megalign.trainers.base import Trainer
+from megalign.trainers.rows import numbered_share
 
 Sequences = Sequence[Mapping[str, Any]]  # as data.collate takes them
 
@@ -67,21 +64,16 @@ class OfflineTrainer(Trainer):
 
     def updates(self, epoch: int, first: int) -> Iterator[StepResult]:
         """One optimizer step for each global batch."""
-        args = self.args
-        sampler = EpochSampler(
-            len(self.train_rows),
-            self.rows_per_step,
-            seed=args.data_order_seed,
-            shuffle=args.shuffle_dataset,
-            keep_batches=self.keeps_batches,
+        sampler = self.rows.sampler(
+            len(self.train_rows), self.rows_per_step, epoch=epoch, position=first, keep_batches=self.keeps_batches
         )
-        sampler.load_state_dict({"epoch": epoch, "position": first})
         for _ in range(first, sampler.batches_per_epoch):
             with self.run.phases("data"):
                 rows = next(sampler)
                 taken = self.sequences([self.train_rows[row] for row in rows])
                 self.run.count_tokens(sum(len(sequence["tokens"]) for sequence in taken))
-                batches = self._batches(self.train_rows, rows, args.per_device_train_batch_size, self.budget)
+                micro_batch = self.args.per_device_train_batch_size
+                batches = self._batches(self.train_rows, rows, micro_batch, self.rows.budget)
             yield self.update(batches)
 
     def evaluation(self, rows: Dataset) -> dict[str, float]:
@@ -92,15 +84,7 @@ class OfflineTrainer(Trainer):
     def _batches(
         self, dataset: Dataset, rows: Sequence[int], micro_batch: int, budget: Budget | None = None
     ) -> list[Batch]:
-        def sequences_of(part: list[int]) -> Sequences:
-            return self.sequences([dataset[row] for row in part])
-
-        share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch, budget=budget)
+        share = numbered_share(dataset, rows, self.sequences, self.groups, micro_batch=micro_batch, budget=budget)
         if share.imbalance is not None:
             self.run.window.add({"perf/imbalance": share.imbalance})
-        numbered = dataset.select_columns(ROW_NUMBER)
-        batches = [
-            replace(batch, rows=tuple(number for row in part for number in numbers_of(numbered[row])))
-            for part, batch in share.microbatches
-        ]
-        return self.with_columns(batches, rows, dataset)
+        return self.with_columns(share.batches, rows, dataset)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megalign.data.broken import Skipped
 from megalign.data.prompts import prepare_prompts
-from megalign.data.sampler import EpochSampler
 from megalign.errors import UserError
 from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
 from megalign.rollout.reward_functions import get_soft_overlong_punishment
@@ -81,7 +80,7 @@ class OnlineTrainer(Trainer):
             self.policy,
             self.reference,
             self.run,
-            self.budget,
+            self.rows.budget,
             needs_old_logprobs=self.needs_old_logprobs(),
             corrects_sampler=self.corrects_sampler,
         )
@@ -331,14 +330,8 @@ class OnlineTrainer(Trainer):
     def _rounds(self, epoch: int, first: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """(number of the round in the run, its prompts), from the round of update `first` on."""
         size = self.round_size // self.args.num_generations
-        sampler = EpochSampler(
-            len(self.train_rows),
-            size,
-            seed=self.args.data_order_seed,
-            shuffle=self.args.shuffle_dataset,
-            drop_last=True,
-        )
-        sampler.load_state_dict({"epoch": epoch, "position": first // self.updates_per_round})
+        first_round = first // self.updates_per_round
+        sampler = self.rows.sampler(len(self.train_rows), size, epoch=epoch, position=first_round, drop_last=True)
         for number in range(sampler.position, sampler.batches_per_epoch):
             prompts = [self.train_rows[row] for row in next(sampler)]
             yield epoch * sampler.batches_per_epoch + number, prompts

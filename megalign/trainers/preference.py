@@ -80,9 +80,9 @@ class PreferenceTrainer(OfflineTrainer):
         with self.run.phases("reference"):
             return self.reference.with_logprobs(batches)
 
-    def _prepare(self, dataset: Any, name: str) -> Any:
-        rows = super()._prepare(dataset, name)
-        if rows is None or isinstance(rows, Mapping) or not self.args.precompute_ref_log_probs:
+    def with_row_columns(self, rows: Dataset) -> Dataset:
+        """With the reference's logprobs, where they are computed before training."""
+        if not self.args.precompute_ref_log_probs:
             return rows
         size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         rows = self.reference.precomputed(rows, self.reference_columns(), size)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import resource
+import time
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from megalign.conversion.architecture import Architecture
@@ -17,8 +25,10 @@ from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.errors import UserError
 from megalign.model.build import HiddenStatesModel, build_model
-from megalign.resharding.export import gathered, named_slices, save_hf
+from megalign.resharding.export import gathered, named_slices, save_hf, split_into_buckets
+from megalign.resharding.layout import plan_of
 from megalign.resharding.load import load_hf
+from megalign.resharding.sync import sync_weights
 from tests.layouts import EIGHT_RANKS, ONE_RANK, Layout, arguments, groups_of
 from tests.ranks import run_ranks
 from tests.tiny import DENSE_FAMILIES, save_tiny_model
@@ -151,6 +161,98 @@ def cast_while_loading(path: str, layout: Layout) -> None:
 
 def test_loading_casts_to_the_parameters_dtype(models: dict[str, str]) -> None:
     run_ranks(2, cast_while_loading, models["qwen3"], Layout(tp=2))
+
+
+class Broadcasts:
+    """In place of torch's broadcast: how many were begun and waited for, and which of their buffers are still held."""
+
+    def __init__(self) -> None:
+        self.buffers: list[StorageWeakRef] = []
+        self.num_waited = 0
+        self.before_one: Callable[[], None] = lambda: None  # is called before its buffer is one of them
+        self._broadcast = dist.broadcast
+
+    def __call__(self, tensor: Tensor, **given: object) -> SimpleNamespace:
+        self.before_one()
+        self.buffers.append(StorageWeakRef(tensor.untyped_storage()))
+        work = self._broadcast(tensor, **given)
+
+        def wait() -> None:
+            work.wait()
+            self.num_waited += 1
+
+        return SimpleNamespace(wait=wait)
+
+    def are_let_go(self, count: int) -> bool:
+        """Whether the first `count` buffers are; gloo's own thread holds one a little longer than who waits for it."""
+        end = time.monotonic() + 5
+        while not all(buffer.expired() for buffer in self.buffers[:count]) and time.monotonic() < end:
+            time.sleep(0.001)
+        return all(buffer.expired() for buffer in self.buffers[:count])
+
+
+@contextmanager
+def watched_broadcasts() -> Iterator[Broadcasts]:
+    with mock.patch.object(dist, "broadcast", Broadcasts()) as broadcasts:
+        yield broadcasts
+
+
+def next_bucket_is_under_way(path: str, layout: Layout) -> None:
+    chunks, architecture = build(path, layout)
+    groups, limit = groups_of(layout), 5000
+    plan = plan_of(chunks, groups, architecture)
+    buckets = split_into_buckets(plan, limit)
+    owners = [len({item.owner for name in names for item in plan.tensors[name]}) for names in buckets]
+    up_to = [0, 0, *accumulate(owners), sum(owners)]  # broadcasts of the buckets before the one before, and so on
+    place = {name: number for number, names in enumerate(buckets) for name in names}
+    assert len(buckets) > 5
+
+    with watched_broadcasts() as broadcasts:
+
+        def two_at_most() -> None:
+            bucket = bisect(up_to, len(broadcasts.buffers)) - 2
+            assert broadcasts.are_let_go(up_to[bucket]), f"bucket {bucket} is the third"
+
+        broadcasts.before_one = two_at_most
+        for name, tensor in gathered(chunks, groups, architecture, limit):
+            del tensor  # what whoever reads the stream keeps is not the stream's
+            assert broadcasts.num_waited == up_to[place[name] + 2], name
+            assert len(broadcasts.buffers) == up_to[place[name] + 3], name
+        assert broadcasts.are_let_go(sum(owners))
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_the_next_bucket_travels_while_one_is_handed_out(models: dict[str, str], layout: Layout) -> None:
+    run_ranks(2, next_bucket_is_under_way, models["llama"], layout)
+
+
+class Raises:
+    """A rollout engine that takes one tensor."""
+
+    def update_weights(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        next(tensors)
+        raise ZeroDivisionError
+
+
+def leave_early(path: str, layout: Layout) -> None:
+    chunks, architecture = build(path, layout)
+    groups = groups_of(layout)
+    engine = SimpleNamespace(gathered=lambda: gathered(chunks, groups, architecture, 5000))
+    with watched_broadcasts() as broadcasts:
+        stream = engine.gathered()
+        next(stream)
+        stream.close()
+        with pytest.raises(ZeroDivisionError) as told:
+            sync_weights(engine, Raises())
+        assert broadcasts.num_waited == len(broadcasts.buffers) > 2 and told.traceback
+    ones = torch.ones(1)
+    dist.all_reduce(ones, group=groups.copy.group)
+    assert ones.item() == groups.copy.size
+    assert bits(dict(engine.gathered())) == bits(load_file(f"{path}/model.safetensors"))
+
+
+def test_whoever_leaves_a_stream_early_leaves_nothing_under_way(models: dict[str, str]) -> None:
+    run_ranks(2, leave_early, models["llama"], Layout(pp=2))
 
 
 def load_error(path: str, broken: str, layout: Layout) -> str:

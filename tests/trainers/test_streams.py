@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from megalign.errors import UserError
-from megalign.trainers.arguments import as_dataset
+from megalign.trainers.rows import as_dataset
 
 
 def stream(count: int) -> IterableDataset:
