@@ -90,7 +90,11 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(args.vllm_cpu_kv_cache_gib * 2**30),
             }
-            if architecture.mla is not None:
+            if architecture.mla is None:
+                # Whole blocks of a prompt are computed once for its completions: vLLM's 128 tokens are many prompts'
+                # length, and its kernels take multiples of 32.
+                on_device["block_size"] = 32
+            else:
                 # On a processor with AMX vLLM would take a backend whose layers (mla_attention.py:1228) drop the
                 # weight that a reload copies into.
                 on_device["attention_backend"] = "CPU_MLA"
