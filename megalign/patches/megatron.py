@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import queue
 import re
@@ -71,6 +72,24 @@ _silence_logs(
     ("megatron.core.distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
 )
+
+
+def _import_without_compiler() -> None:
+    """jit.py:21 hands Megatron's fusions to torch.compile as they are imported: a second of a start, and on a CPU
+    nothing of them is called."""
+
+    def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+    compile_function, torch.compile = torch.compile, as_it_is
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compile_function
+
+
+if not on_cuda():
+    _import_without_compiler()
 
 
 def install() -> None:
