@@ -253,6 +253,19 @@ def _columns(*columns: Tensor | None) -> list[Tensor | None]:
     return [None if column is None else column.detach().float().contiguous() for column in columns]
 
 
+_BUILD = "pip install --no-build-isolation -e ."
+_OPERATORS = (
+    "has_cuda",
+    "multiply_bf16_in_fp32",
+    "rms_norm",
+    "rms_norm_backward",
+    "swiglu",
+    "swiglu_backward",
+    "vocab_gradient_",
+    "vocab_statistics",
+)
+
+
 def _load() -> tuple[bool, str]:
     """(whether it is there, why not)."""
     for suffix in EXTENSION_SUFFIXES:
@@ -262,9 +275,12 @@ def _load() -> tuple[bool, str]:
         try:
             torch.ops.load_library(path)
         except OSError as error:  # built for another torch, or another machine
-            return False, f"{path.name} does not load ({error}); build it anew: pip install --no-build-isolation -e ."
+            return False, f"{path.name} does not load ({error}); build it anew: {_BUILD}"
+        absent = [name for name in _OPERATORS if not hasattr(torch.ops.megalign, name)]
+        if absent:
+            return False, f"{path.name} is of older sources, without {absent[0]}; build it anew: {_BUILD}"
         return True, ""
-    return False, "not built; pip install --no-build-isolation -e . builds it where there is a C++ compiler"
+    return False, f"not built; {_BUILD} builds it where there is a C++ compiler"
 
 
 LOADED, WHY_NOT = _load()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from megalign import device
+from megalign import device, ops
 from megalign.batch import Batch, Counts, Metric, Slice
 from megalign.checkpoints.find import HUGGING_FACE
 from megalign.conversion import hf_files
@@ -149,6 +149,8 @@ class TrainEngine:
         parts = [f"layers: {layers}", f"optimizer: {extensions.optimizer_name()}"]
         if config.gradient_accumulation_fusion and device.on_cuda():
             parts.append("weight gradients are added inside the matrix products")
+        if not ops.LOADED:
+            parts.append(f"kernels: torch's (csrc/: {ops.WHY_NOT})")
         return "; ".join(parts)
 
     def named_slices(self) -> Iterator[Slice]:

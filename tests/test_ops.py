@@ -76,6 +76,12 @@ def check_gradient(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
         torch.testing.assert_close(found.float(), wanted, **tolerance)
 
 
+def test_an_extension_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_OPERATORS", (*ops._OPERATORS, "not_yet_written"))
+    loaded, why_not = ops._load()
+    assert not loaded and "without not_yet_written; build it anew" in why_not
+
+
 def test_the_extension_is_there_where_it_can_be_built() -> None:
     assert ops.LOADED or shutil.which("c++") is None, ops.WHY_NOT
 
