@@ -51,7 +51,7 @@ def peaks(path: str) -> dict[tuple[str, int, int], float]:
     engine = make_engine(path, ONE_RANK)
     found = {}
     for chunk in CHUNKS:
-        vocab.CHUNK_ELEMENTS["cpu"] = chunk
+        vocab.CHUNK_ELEMENTS["cpu"], vocab.CHUNK_TOKENS = chunk, 1
         for num_tokens in TOKENS:
             given = [batch(num_tokens)]
             calls = {

@@ -114,6 +114,7 @@ def test_peak_memory_follows_the_chunk_and_not_tokens_times_vocabulary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {}
+    monkeypatch.setattr(vocab, "CHUNK_TOKENS", 1)
     for size in VOCABULARIES:
         path = save_tiny_model("llama", tmp_path / str(size), vocab_size=size, hidden_size=64, num_hidden_layers=1)
         engine = make_engine(path, ONE_RANK, transformer_impl="local")

@@ -52,14 +52,15 @@ def _sharded(softcap: float | None) -> dict[str, torch.Tensor]:
     hidden.requires_grad_()
     rows = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
     weight, bias = (x[rows].clone().requires_grad_() for x in (weight, bias))
-    old, vocab.CHUNK_ELEMENTS = vocab.CHUNK_ELEMENTS, {"cpu": 4 * len(weight)}  # several chunks, the last one short
+    old = vocab.CHUNK_ELEMENTS, vocab.CHUNK_TOKENS
+    vocab.CHUNK_ELEMENTS, vocab.CHUNK_TOKENS = {"cpu": 4 * len(weight)}, 1  # several chunks, the last one short
     scores = vocab.token_scores(
         hidden, weight, labels, temperature=temperature, vocab_size=VOCAB, bias=bias,
         tp=Axis(dist.group.WORLD, rank, size, list(range(size))), extras=("mean_logits", "log_sum_squares"),
         softcap=softcap,
     )  # fmt: skip
     (scores.logprobs * seeds[0] + scores.entropy * seeds[1]).sum().backward()
-    vocab.CHUNK_ELEMENTS = old
+    vocab.CHUNK_ELEMENTS, vocab.CHUNK_TOKENS = old
     return {
         "mean_logits": scores.mean_logits, "log_sum_squares": scores.log_sum_squares,
         "logprobs": scores.logprobs.detach(), "entropy": scores.entropy.detach(), "correct": scores.argmax_correct,
