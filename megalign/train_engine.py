@@ -27,7 +27,7 @@ from megalign.model.attention import PackedSequences
 from megalign.model.build import HiddenStatesModel, build_model
 from megalign.model.finiteness import Finiteness, SkippedStep
 from megalign.model.heads import language_model_columns, score_columns
-from megalign.model.layer_spec import can_share_prefixes, not_in_transformer_engine
+from megalign.model.layer_spec import not_in_transformer_engine, not_sharing_prefixes
 from megalign.model.offload import Offload
 from megalign.parallel import pipeline
 from megalign.parallel.control import agree
@@ -75,7 +75,8 @@ class TrainEngine:
         self._models = build_model(self.architecture, args, groups)
         load.load_hf(model_path, self._models, groups, self.architecture, seed=args.seed)
         self._chunks: list[nn.Module] = list(self._models)
-        self._shares_prefixes = args.share_prefixes and can_share_prefixes(self._models[0].config, self.architecture)
+        self._not_shared = not_sharing_prefixes(self._models[0].config, self.architecture)
+        self.shares_prefixes = args.share_prefixes and self._not_shared is None
         self._optimizer = None
         self._sleeps = args.engines_sleep
         self._offload = Offload()
@@ -151,6 +152,8 @@ class TrainEngine:
             parts.append("weight gradients are added inside the matrix products")
         if not ops.LOADED:
             parts.append(f"kernels: torch's (csrc/: {ops.WHY_NOT})")
+        if self._args.share_prefixes and self._not_shared is not None:
+            parts.append(f"prefixes: each sequence computes its own (not shared with {self._not_shared})")
         return "; ".join(parts)
 
     def named_slices(self) -> Iterator[Slice]:
@@ -287,7 +290,7 @@ class TrainEngine:
 
     def _prefixes(self, batch: Batch) -> SharedPrefixes | None:
         """What of the batch is computed once for several sequences, where the attention allows it."""
-        if not self._shares_prefixes:
+        if not self.shares_prefixes:
             return None
         lengths = batch.cu_seqlens.diff().tolist()
         found = shared_prefixes(batch.shared, lengths, self.groups.token_multiple)

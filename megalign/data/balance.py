@@ -15,6 +15,7 @@ class Budget:
 
     tokens: int
     cost: Callable[[int], float]  # of a sequence by its length: attention's grows with the square
+    shares_prefixes: bool  # whether what neighbouring sequences begin with is computed once
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,7 +92,10 @@ def packed_share(
     if budget is None:
         parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
     else:
-        units = _units(rows, sequences_of, budget)
+        # The pads of `pack` count: a microbatch that is padded to the multiple is not larger than the budget.
+        whole = max(1, budget.tokens // groups.token_multiple * groups.token_multiple)
+        budget = replace(budget, tokens=whole)
+        units = _units(rows, sequences_of, budget, groups.sequence_multiple)
         dealt = balanced(units, groups.dp.size, budget)
         waiting = imbalance(units, dealt)
         parts = [[rows[number] for number in part] for part in dealt[groups.dp.rank]]
@@ -100,10 +104,15 @@ def packed_share(
 
 
 def _units(
-    rows: Sequence[int], sequences_of: Callable[[list[int]], Sequence[Mapping[str, Any]]], budget: Budget
+    rows: Sequence[int],
+    sequences_of: Callable[[list[int]], Sequence[Mapping[str, Any]]],
+    budget: Budget,
+    sequence_multiple: int,
 ) -> list[Unit]:
     sequences = [sequences_of([row]) for row in rows]
-    lengths = [[len(sequence["tokens"]) for sequence in own] for own in sequences]
+    lengths = [[_rounded_up(len(sequence["tokens"]), sequence_multiple) for sequence in own] for own in sequences]
+    if not budget.shares_prefixes:
+        return units_of(lengths, [[0] * len(own) for own in lengths], budget)
     tokens = [torch.as_tensor(sequence["tokens"]) for own in sequences for sequence in own]
     common = iter(common_beginnings(torch.cat(tokens), [len(part) for part in tokens]) if tokens else ())
     return units_of(lengths, [[next(common) for _ in own] for own in lengths], budget)

@@ -65,16 +65,22 @@ def not_in_transformer_engine(architecture: Architecture) -> list[str]:
     return [name for name, needed in needs.items() if needed]
 
 
-def can_share_prefixes(config: TransformerConfig, architecture: Architecture) -> bool:
-    """Whether the hidden state of a token depends on the tokens before it alone, and the layers take fewer queries than
-    keys: latent attention and Transformer Engine rotate by places in whole sequences."""
-    return not (
-        config.context_parallel_size > 1
-        or config.transformer_impl == TRANSFORMER_ENGINE
-        or architecture.mla is not None
-        or (architecture.rope_scaling or {}).get("rope_type") == "longrope"  # all of a long sequence is rotated apart
-        or config.moe_aux_loss_coeff  # a mean over tokens, each in every sequence that has it
-    )
+def not_sharing_prefixes(config: TransformerConfig, architecture: Architecture) -> str | None:
+    """What keeps tokens that sequences begin with from being computed once; None where nothing does.
+
+    The hidden state of a token has to depend on the tokens before it alone, and the layers to take fewer queries than
+    keys: latent attention and Transformer Engine rotate by places in whole sequences.
+    """
+    reasons = {
+        "context parallelism": config.context_parallel_size > 1,
+        "Transformer Engine's layers": config.transformer_impl == TRANSFORMER_ENGINE,
+        "latent attention": architecture.mla is not None,
+        # All of a long sequence is rotated apart.
+        "LongRoPE": (architecture.rope_scaling or {}).get("rope_type") == "longrope",
+        # A mean over tokens, each in every sequence that has it.
+        "router_aux_loss_coef": config.moe_aux_loss_coeff,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def is_swiglu(architecture: Architecture) -> bool:

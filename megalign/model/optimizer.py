@@ -98,6 +98,8 @@ def step(optimizer: MegatronOptimizer, learning_rate: float) -> tuple[float, boo
         group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
         if not on_cuda():  # torch's AdamW in one pass over memory instead of eight
             group["fused"] = True
+        elif group.get("fused"):  # of a checkpoint that a CPU wrote
+            group["fused"] = None
     with megatron_calls():
         succeeded, _, _ = optimizer.step()
     return optimizer.get_grad_norm(), succeeded

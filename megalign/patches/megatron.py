@@ -78,8 +78,8 @@ def _import_without_compiler() -> None:
     """jit.py:21 hands Megatron's fusions to torch.compile as they are imported: a second of a start, and on a CPU
     nothing of them is called."""
 
-    def as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
+    def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+        return as_it_is if function is None else function
 
     compile_function, torch.compile = torch.compile, as_it_is
     try:

@@ -158,7 +158,8 @@ class VllmEngine:
         assert not absent, f"tensors {absent[:5]} of the model were not in the stream of new weights"
         if not device.on_cuda():
             self._llm.collective_rpc(vllm_patches.repack_tied_weights)
-        self._llm.reset_prefix_cache()
+        # It refuses while a sequence holds blocks, and only says so: their keys are the old policy's.
+        assert self._llm.reset_prefix_cache(), "vLLM keeps keys and values of the weights before these"
         self._has_weights = True
 
     def sleep(self) -> None:

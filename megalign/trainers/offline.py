@@ -73,7 +73,8 @@ class OfflineTrainer(Trainer):
                 taken = self.sequences([self.train_rows[row] for row in rows])
                 self.run.count_tokens(sum(len(sequence["tokens"]) for sequence in taken))
                 micro_batch = self.args.per_device_train_batch_size
-                batches = self._batches(self.train_rows, rows, micro_batch, self.rows.budget)
+                budget = self.rows.budget(shares_prefixes=self.policy.shares_prefixes)
+                batches = self._batches(self.train_rows, rows, micro_batch, budget)
             yield self.update(batches)
 
     def evaluation(self, rows: Dataset) -> dict[str, float]:

@@ -80,7 +80,7 @@ class OnlineTrainer(Trainer):
             self.policy,
             self.reference,
             self.run,
-            self.rows.budget,
+            self.rows.budget(shares_prefixes=self.policy.shares_prefixes),
             needs_old_logprobs=self.needs_old_logprobs(),
             corrects_sampler=self.corrects_sampler,
         )

@@ -129,11 +129,13 @@ class Rows:
         sampler.load_state_dict({"epoch": epoch, "position": position})
         return sampler
 
-    @property
-    def budget(self) -> Budget | None:
-        """How a step's rows are dealt out, where max_tokens_per_microbatch says so."""
+    def budget(self, *, shares_prefixes: bool) -> Budget | None:
+        """How a step's rows are dealt out to an engine that shares prefixes or does not; None without
+        max_tokens_per_microbatch."""
         tokens, architecture = self._args.max_tokens_per_microbatch, self._architecture
-        return None if tokens is None else Budget(tokens, lambda length: forward_flops(architecture, [length], 0))
+        if tokens is None:
+            return None
+        return Budget(tokens, lambda length: forward_flops(architecture, [length], 0), shares_prefixes)
 
 
 class NumberedShare(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from megalign.data.balance import Budget, Unit, balanced, imbalance, units_of
 
-BUDGET = Budget(tokens=100, cost=lambda length: length + length * length / 50)
+BUDGET = Budget(tokens=100, cost=lambda length: length + length * length / 50, shares_prefixes=True)
 
 
 def units(lengths: list[int]) -> list[Unit]:
@@ -32,7 +33,7 @@ def test_every_row_once_within_the_budget_and_equally_often(lengths: list[int], 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 10), min_size=1, max_size=30), ranks=st.integers(1, 5))
 def test_without_a_budget_that_binds_the_worst_rank_has_at_most_four_thirds(lengths: list[int], ranks: int) -> None:
-    wide = Budget(tokens=1000, cost=BUDGET.cost)
+    wide = replace(BUDGET, tokens=1000)
     made = units_of([[length] for length in lengths], [[0]] * len(lengths), wide)
     costs = [sum(made[row].cost for (part,) in [parts] for row in part) for parts in balanced(made, ranks, wide)]
     if len(made) <= 6 and ranks <= 3:  # few enough to try all
@@ -50,7 +51,7 @@ def _best(made: list[Unit], ranks: int) -> float:
 def test_skewed_lengths_cost_ranks_less_waiting_than_rows_in_order() -> None:
     draw = random.Random(1)
     lengths = [min(90, int(draw.paretovariate(1.0) * 8)) for _ in range(64)]
-    wide = Budget(tokens=200, cost=BUDGET.cost)
+    wide = replace(BUDGET, tokens=200)
     made = units_of([[length] for length in lengths], [[0]] * len(lengths), wide)
     in_order = [[list(range(start, start + 4)) for start in range(rank * 4, 64, 16)] for rank in range(4)]
     assert imbalance(made, in_order) > 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalign.batch import Batch, Completion
-from megalign.data.collate import completion_sequences, pack, unpack
+from megalign.data.balance import Budget
+from megalign.data.collate import completion_sequences, pack, packed_share, unpack
+from megalign.parallel.groups import Axis
 
 
 def completion(index: int, prompt: list[int], ids: list[int], **fields: object) -> Completion:
@@ -130,3 +133,20 @@ def test_every_packing_keeps_tokens_and_multiples(lengths: list[int], sequence_m
     assert batch["loss_mask"].sum() == sum(lengths) - len(lengths)
     for row, start in enumerate(batch.cu_seqlens[: batch.num_sequences].tolist()):
         assert batch.tokens[start : start + lengths[row]].eq(10 * row + 1).all()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize(("multiple", "sequence_multiple"), [(1, 1), (4, 4), (8, 4)])
+def test_no_microbatch_has_more_tokens_than_the_budget(shares: bool, multiple: int, sequence_multiple: int) -> None:
+    """What is computed: beginnings in common once where they are shared, pads always."""
+    groups = SimpleNamespace(
+        dp=Axis(None, 0, 1, [0]), token_multiple=multiple, sequence_multiple=1 if shares else sequence_multiple
+    )
+    budget = Budget(tokens=50, cost=float, shares_prefixes=shares)
+    prompt = list(range(20))
+    rows = [{"tokens": prompt + [100 + n] * (1 + n % 7)} for n in range(12)]
+    share = packed_share(range(12), lambda part: [rows[row] for row in part], groups, micro_batch=1, budget=budget)
+    assert sorted(row for part, _ in share.microbatches for row in part) == list(range(12))
+    assert len(share.microbatches) < 12
+    for _, batch in share.microbatches:
+        assert len(batch.tokens) - (sum(batch.shared) if shares else 0) <= 50

@@ -60,7 +60,7 @@ def test_answers_that_are_shuffled_and_pairs_that_are_taken_apart() -> None:
     assert sorted(named) == list(range(12)) != named
 
 
-@pytest.mark.parametrize("budget", [None, Budget(tokens=8, cost=float)])
+@pytest.mark.parametrize("budget", [None, Budget(tokens=8, cost=float, shares_prefixes=True)])
 def test_rows_that_skip_bad_rows_leaves_out(budget: Budget | None) -> None:
     tokens = [{"input_ids": [FIRST + n, 1, 2] if n not in (0, 3) else []} for n in range(8)]
     tokens[0] = {"input_ids": [FIRST, -1]}
