@@ -75,8 +75,8 @@ _silence_logs(
 
 
 def _import_without_compiler() -> None:
-    """jit.py:21 hands Megatron's fusions to torch.compile as they are imported: a second of a start, and on a CPU
-    nothing of them is called."""
+    """jit.py:21 hands Megatron's fusions to torch.compile as they are imported: a second of a start. On a CPU they run
+    as they are written."""
 
     def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         return as_it_is if function is None else function
