@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalign.compiled import one_pass
+
 NAMES = ("top", "sum", "weighted", "target", "logits", "squares")
 """The rows of `vocab_statistics`, of x = a row's entries: max x; sum e^(x - top); sum e^(x - top) (x - top); x at the
 label, 0 without one; and, where all are asked for, sum x; sum e^(2 (x - top)).
@@ -105,6 +107,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return swiglu_in_torch(gate_up)
 
 
+@one_pass
 def rms_norm_in_torch(hidden: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False) -> Tensor:
     """`rms_norm`, pass by pass."""
     normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=eps)
@@ -114,6 +117,7 @@ def rms_norm_in_torch(hidden: Tensor, weight: Tensor, *, eps: float, zero_center
     return normed.to(hidden.dtype) * weight
 
 
+@one_pass
 def swiglu_in_torch(gate_up: Tensor) -> Tensor:
     """`swiglu`, pass by pass."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -229,10 +233,12 @@ def add_product_(
     left: Tensor,  # [m, k] fp32 or bf16
     right: Tensor,  # [k, n] of the same dtype
 ) -> Tensor:
-    """total += left @ right; where bf16 is widened for its products, the sum is rounded to fp32 only."""
+    """total += left @ right. On a GPU, and where a CPU widens bf16 for its products, the sum is rounded to fp32 only."""
     if left.dtype is torch.float32:
         return total.addmm_(left, right)
-    if not _widens or left.is_cuda:
+    if left.is_cuda:
+        return torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+    if not _widens:
         return total.add_(left @ right)
     step = max(1, _WIDENED // max(left.shape[0], right.shape[1], 1))
     for a, b in zip(left.split(step, dim=1), right.split(step), strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from megalign import device, ops
 from megalign.batch import Batch, Counts, Metric, Slice
 from megalign.checkpoints.find import HUGGING_FACE
+from megalign.compiled import compile_passes
 from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, exported_config, is_classifier
@@ -72,6 +73,7 @@ class TrainEngine:
         self.hf_path, self.groups, self._args, self._extras = model_path, groups, args, extras
         self.architecture = _architecture(model_path, score_head)
         seed_parallel_rng(args.seed)
+        compile_passes(args.torch_compile)
         self._models = build_model(self.architecture, args, groups)
         load.load_hf(model_path, self._models, groups, self.architecture, seed=args.seed)
         self._chunks: list[nn.Module] = list(self._models)
@@ -81,7 +83,7 @@ class TrainEngine:
         self._sleeps = args.engines_sleep
         self._offload = Offload()
         if trainable:
-            self._chunks = optimizer.wrap_for_training(self._models, args)
+            self._chunks = optimizer.wrap_for_training(self._models, args, groups)
             self._optimizer = optimizer.build_optimizer(self._chunks, args)
         else:
             for model in self._models:
@@ -250,7 +252,7 @@ class TrainEngine:
 
     def _weights(self) -> list[HiddenStatesModel]:
         """The models, with what the last step made of every weight: collective over dp with overlap_param_gather."""
-        overlap.finish_gather(self._chunks, self._args)
+        overlap.finish_gather(self._chunks)
         return self._models
 
     def _resident_tensors(self) -> Iterator[Tensor]:
@@ -312,7 +314,7 @@ class TrainEngine:
 
     def _head(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         # The head is no module that is called, so nothing has waited for its weight yet.
-        overlap.finish_gather(self._chunks[-1:], self._args)
+        overlap.finish_gather(self._chunks[-1:])
         model, shape, prefixes = self._models[-1], self.architecture, self._prefixes(batch)
         if shape.num_labels is not None:
             return score_columns(model, hidden, batch, self.groups, prefixes)

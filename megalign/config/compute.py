@@ -46,6 +46,10 @@ class ComputeConfig(Config):
     """Neighbouring sequences of a microbatch that begin with the same 16 tokens or more (completions of a prompt, the
     two of a preference pair) have them computed once; the numbers stay. Not with context parallelism, Transformer
     Engine's layers, latent attention, LongRoPE or router_aux_loss_coef."""
+    torch_compile: bool = True
+    """On a GPU, in bf16, what plain layers do to activations between matrix products (norms, rotations, SwiGLU) is
+    compiled, once a run: seconds at its first step, a pass over memory each afterwards. Needs a C compiler on the node.
+    A CPU has csrc/ for it. TRL's True compiles the whole model; its default is False."""
     activation_offloading: bool = False
     """Activations that the backward pass needs wait in host memory: less device memory, slower steps."""
 

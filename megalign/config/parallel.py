@@ -38,11 +38,29 @@ class ParallelConfig(Config):
     """Shard AdamW's state and fp32 master weights over the data-parallel ranks. Megatron's default is False;
     with it every rank would hold a full copy, which is what large models cannot afford. The numbers are the
     same."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on. Not given: on GPUs; a CPU's ranks
+    have no second engine that could do it."""
+    overlap_param_gather: bool | None = None
     """Gather updated weights while the next forward pass goes on; needs use_distributed_optimizer and
-    overlap_grad_reduce."""
+    overlap_grad_reduce. Not given: where both are on."""
+
+    @property
+    def overlaps_grad_reduce(self) -> bool:
+        """overlap_grad_reduce, or what stands for it."""
+        if self.overlap_grad_reduce is None:
+            # Imported here: --help and a wrong flag must answer without torch.
+            from megalign.device import on_cuda
+
+            return on_cuda()
+        return self.overlap_grad_reduce
+
+    @property
+    def overlaps_param_gather(self) -> bool:
+        """overlap_param_gather, or what stands for it."""
+        if self.overlap_param_gather is None:
+            return self.use_distributed_optimizer and self.overlaps_grad_reduce
+        return self.overlap_param_gather
 
     @property
     def model_parallel_size(self) -> int:
@@ -112,7 +130,7 @@ class ParallelConfig(Config):
                     f"{name}={getattr(self, name)} needs pipeline_model_parallel_size above 1: one stage has all "
                     "layers; drop it, or set pipeline_model_parallel_size"
                 )
-        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlaps_grad_reduce):
             raise UserError(
                 "overlap_param_gather=True needs use_distributed_optimizer=True and overlap_grad_reduce=True "
                 "(Megatron-Core's rule: only a sharded optimizer has weights to gather); set both, or drop it"

@@ -55,9 +55,8 @@ TRAINING: Mapping[str, Refusal] = (
             "recompute_granularity",
             (None, {}, {"use_reentrant": False}, {"use_reentrant": True}),
         ),
-        "torch_compile": Refusal("Megatron's layers are not compiled", "bf16", (False,)),
-        "torch_compile_backend": Refusal("Megatron's layers are not compiled", "bf16", (None,)),
-        "torch_compile_mode": Refusal("Megatron's layers are not compiled", "bf16", (None,)),
+        "torch_compile_backend": Refusal("torch's own backend is used", "torch_compile", (None, "inductor")),
+        "torch_compile_mode": Refusal("torch's own mode is used", "torch_compile", (None, "default")),
         "use_liger_kernel": Refusal(
             "logprobs are computed in token chunks already, without the batch's logits",
             "gradient_checkpointing",

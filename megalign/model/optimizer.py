@@ -12,20 +12,20 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megalign.device import on_cuda
-from megalign.model.overlap import reduce_in_last_microbatch
+from megalign.model.overlap import overlapping, reduce_in_last_microbatch
 from megalign.patches.megatron import megatron_calls
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
+    from megalign.parallel.groups import ParallelGroups
 
 
-def wrap_for_training(chunks: list[nn.Module], args: LoopConfig) -> list[nn.Module]:
+def wrap_for_training(chunks: list[nn.Module], args: LoopConfig, groups: ParallelGroups) -> list[nn.Module]:
     """Megatron's DDP: fp32 gradient buffers, reduced over data-parallel ranks once a step."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        overlap_grad_reduce=args.overlap_grad_reduce,
-        overlap_param_gather=args.overlap_param_gather,
+        **overlapping(args, groups),
     )
     config = chunks[0].config  # one for all chunks
     with megatron_calls():
@@ -35,7 +35,7 @@ def wrap_for_training(chunks: list[nn.Module], args: LoopConfig) -> list[nn.Modu
             for number, chunk in enumerate(chunks)
         ]
     config.finalize_model_grads_func = finalize_model_grads
-    if args.overlap_grad_reduce:
+    if ddp_config.overlap_grad_reduce:
         reduce_in_last_microbatch(config, wrapped)
     return wrapped
 
@@ -54,7 +54,7 @@ def build_optimizer(chunks: list[nn.Module], args: LoopConfig) -> MegatronOptimi
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        overlap_param_gather=args.overlap_param_gather,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     with megatron_calls():
         optimizer = get_megatron_optimizer(config, chunks)
@@ -96,13 +96,20 @@ def step(optimizer: MegatronOptimizer, learning_rate: float) -> tuple[float, boo
         group["weight_decay"] = config.weight_decay * group["wd_mult"]
         # A resumed run's are its own, not the checkpoint's.
         group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
-        if not on_cuda():  # torch's AdamW in one pass over memory instead of eight
+        if "fused" in group:  # torch's AdamW, in one pass over memory instead of eight; NVIDIA's have no such word
             group["fused"] = True
-        elif group.get("fused"):  # of a checkpoint that a CPU wrote
-            group["fused"] = None
+    _count_steps_on_the_device(optimizer)
     with megatron_calls():
         succeeded, _, _ = optimizer.step()
     return optimizer.get_grad_norm(), succeeded
+
+
+def _count_steps_on_the_device(optimizer: MegatronOptimizer) -> None:
+    """Where torch's fused AdamW reads them: those of a checkpoint, or made by `adam_states`, are on the host."""
+    for chained in optimizer.chained_optimizers:
+        for parameter, state in chained.optimizer.state.items() if chained.optimizer is not None else ():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device)
 
 
 def adam_states(optimizer: MegatronOptimizer) -> list[dict[str, Tensor]]:

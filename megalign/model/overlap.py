@@ -20,6 +20,7 @@ from megalign.patches.megatron import megatron_calls
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig
+    from megalign.parallel.groups import ParallelGroups
 
 
 def reduce_in_last_microbatch(config: TransformerConfig, wrapped: list[DistributedDataParallel]) -> None:
@@ -28,13 +29,21 @@ def reduce_in_last_microbatch(config: TransformerConfig, wrapped: list[Distribut
     config.no_sync_func = waits if len(waits) > 1 else waits[0]
 
 
-def finish_gather(chunks: Iterable[nn.Module], args: LoopConfig) -> None:
+def overlapping(args: LoopConfig, groups: ParallelGroups) -> dict[str, bool]:
+    """DDP's two fields; without a second rank that has gradients of the same weights there is nothing to wait for."""
+    several = groups.dp.size * groups.cp.size > 1
+    return {
+        "overlap_grad_reduce": several and args.overlaps_grad_reduce,
+        "overlap_param_gather": several and args.overlaps_param_gather,
+    }
+
+
+def finish_gather(chunks: Iterable[nn.Module]) -> None:
     """Every parameter is what the last optimizer step made; nothing where it is already. Collective over dp."""
-    if not args.overlap_param_gather:
-        return
     with megatron_calls():
         for chunk in chunks:
-            if not isinstance(chunk, DistributedDataParallel):  # a frozen engine's
+            is_gathered = isinstance(chunk, DistributedDataParallel)  # which a frozen engine's is not
+            if not (is_gathered and chunk.ddp_config.overlap_param_gather):
                 continue
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 # A gather on its way is waited for; one that has arrived is not repeated.

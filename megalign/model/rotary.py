@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megalign.compiled import one_pass
 from megalign.conversion.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Rotary:
     ) -> tuple[Tensor, Tensor]:
         """Query and key, rotated."""
         cos, sin = self._tables(packed, query)
-        return self._rotate(query, cos, sin), self._rotate(key, cos, sin)
+        rotate = _rotate_pairs if self.architecture.rotary_interleaved else _rotate_halves
+        return rotate(query, cos, sin), rotate(key, cos, sin)
 
     def _tables(self, packed: PackedSequences, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, [T / cp, 1, rotary_dim] each, made once a microbatch for all layers of the kind."""
@@ -54,15 +56,26 @@ class Rotary:
             packed.rotary[name] = cos[:, None].to(like.dtype), sin[:, None].to(like.dtype)
         return packed.rotary[name]
 
-    def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        turned, rest = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], dim=-1)
-        if self.architecture.rotary_interleaved:
-            partner = torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2)
-        else:
-            first, second = turned.chunk(2, dim=-1)
-            partner = torch.cat((-second, first), dim=-1)
-        turned = turned * cos + partner * sin
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+@one_pass
+def _rotate_halves(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, heads, head_dim], dim i with dim i + rotary_dim / 2."""
+    first, second = heads[..., : cos.shape[-1]].chunk(2, dim=-1)
+    return _turned(heads, torch.cat((-second, first), dim=-1), cos, sin)
+
+
+@one_pass
+def _rotate_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, heads, head_dim], dim 2i with dim 2i + 1."""
+    turned = heads[..., : cos.shape[-1]]
+    return _turned(heads, torch.stack((-turned[..., 1::2], turned[..., 0::2]), dim=-1).flatten(-2), cos, sin)
+
+
+def _turned(heads: Tensor, partner: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The first dims turned with their partners, the others behind them."""
+    width = cos.shape[-1]
+    turned = heads[..., :width] * cos + partner * sin
+    return torch.cat((turned, heads[..., width:]), dim=-1) if width < heads.shape[-1] else turned
 
 
 def _angles(architecture: Architecture, local: bool, packed: PackedSequences) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 from megalign import ops
 from megalign.parallel.groups import Axis
 
-# Logits alive at once: 32 MB in fp32 stay near a CPU's caches; a GPU wants larger matrices, here of 256 MB.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**26}
+# Logits alive at once: 32 MB in fp32 stay near a CPU's caches; a GPU wants larger matrices, here of 64 MB
+# in bf16.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 # Tokens of a chunk at least: each chunk reads the head three times and adds to its gradient, so that with 55 tokens of
 # a vocabulary of 151,936 both passes took a third longer.
 CHUNK_TOKENS = 192
@@ -98,9 +99,12 @@ class _TokenScores(torch.autograd.Function):
         if grad_logprobs is None:
             grad_logprobs = torch.zeros_like(log_normaliser)
         grad_hidden = torch.zeros_like(hidden)
+        chunks = _chunks(hidden, weight)
         grad_weight: Tensor | None = None
+        if len(chunks) > 1:  # added up in fp32; one chunk needs no such copy of a whole vocabulary
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for rows in _chunks(hidden, weight):
+        for rows in chunks:
             grad_logits = ops.vocab_gradient_(
                 shard.logits(hidden[rows]),
                 shard.local(labels[rows]),
@@ -113,7 +117,10 @@ class _TokenScores(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
             grad_hidden[rows] = grad_logits @ weight
-            grad_weight = _with_product(grad_weight, grad_logits, hidden[rows])
+            if grad_weight is None:
+                grad_weight = grad_logits.T @ hidden[rows]
+            else:
+                ops.add_product_(grad_weight, grad_logits.T, hidden[rows])
             del grad_logits  # before the next chunk's are made
         if ctx.tp.size > 1:  # each rank saw its share of the vocabulary only
             dist.all_reduce(grad_hidden, group=ctx.tp.group)
@@ -158,13 +165,6 @@ class _Shard:
         if len(rows) == len(ops.NAMES) - 1:
             rows[-1] = rows[-1] * scale.square()
         return torch.stack([top, *(row.sum(0) for row in rows)])
-
-
-def _with_product(total: Tensor | None, grad_logits: Tensor, hidden: Tensor) -> Tensor:
-    """total + grad_logits^T hidden; one chunk needs no fp32 copy of a whole vocabulary to be added up in."""
-    if total is None:
-        return grad_logits.T @ hidden
-    return ops.add_product_(total.float(), grad_logits.T, hidden)
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

@@ -30,7 +30,7 @@ KINDS = [*OFFLINE, *(pytest.param(kind, marks=needs_vllm) for kind in ONLINE)]
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Of a family: a policy, a reference that differs from it everywhere, a reward model with its tokenizer."""
-    return {family: save_models(family, tmp_path_factory) for family in ("llama", "qwen3_moe")}
+    return {family: save_models(family, tmp_path_factory.mktemp(family)) for family in ("llama", "qwen3_moe")}
 
 
 @pytest.mark.parametrize("kind", KINDS)

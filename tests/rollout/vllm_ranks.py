@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megalign.config import GRPOConfig
-from megalign.device import resident_bytes
+from megalign.device import on_cuda, resident_bytes
 from megalign.errors import UserError
 from megalign.parallel.groups import initialize
 from megalign.rollout.engine import GenerationParams, awake
@@ -45,6 +45,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
         vllm_max_model_length=128,
         vllm_enable_sleep_mode=True,
         vllm_cpu_kv_cache_gib=KV_CACHE_BYTES / 2**30,
+        vllm_gpu_memory_utilization=0.1,
         vllm_structured_outputs_regex="[ab]+c",  # makes the engine load the tokenizer
         bf16=False,
     )
@@ -95,10 +96,10 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
 
     engine.update_weights(weights_of(path, 2).items())
     _touch_kv_cache(engine)
-    seen["resident_awake"] = resident_bytes()
+    seen["resident_awake"] = _held_bytes()
     with timed("sleep"):
         engine.sleep()
-    seen["resident_asleep"] = resident_bytes()
+    seen["resident_asleep"] = _held_bytes()
     seen["asleep"] = _error_of(sample)
     with awake(engine, "weights"):
         engine.update_weights(weights_of(path, 2).items())
@@ -108,6 +109,14 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     seen["asleep_again"] = sorted(engine._asleep)
     seen["shared_memory"] = sorted(_segments() - segments)
     return seen
+
+
+def _held_bytes() -> int:
+    """By this process, or of the GPU by anybody: vLLM's sleeping memory does not leave torch's count."""
+    if not on_cuda():
+        return resident_bytes()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def _segments() -> set[str]:
