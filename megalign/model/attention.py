@@ -54,11 +54,8 @@ class PackedSequences(PackedSeqParams):
     @classmethod
     def of(cls, batch: Batch, cp: Axis, prefixes: SharedPrefixes | None = None) -> PackedSequences:
         """The parameters of a Batch; `max_seqlen` is the true longest sequence."""
-        lengths = tuple(batch.cu_seqlens.diff().tolist())
+        lengths, unpadded = batch.host_lengths
         queries = lengths if prefixes is None else prefixes.queries
-        unpadded = lengths
-        if batch.unpadded_lengths is not None:
-            unpadded = (*batch.unpadded_lengths.tolist(), *lengths[batch.num_sequences :])
         order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
         # Transformer Engine's context parallelism asks for them; without it they would only cost it a comparison on
         # the device in each layer. A tail that pads T is a sequence of its own, so both are the same.
