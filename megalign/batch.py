@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class HostLengths(NamedTuple):
+    """Of all sequences of a batch, the dummy tail included."""
+
+    whole: tuple[int, ...]
+    unpadded: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,13 @@ class Batch:
         """[S] length of each real sequence (int64)."""
         return self.cu_seqlens.diff()[: self.num_sequences].long()
 
+    @cached_property
+    def host_lengths(self) -> HostLengths:
+        """On the host: asking a device for them waits for all that it was given to do."""
+        whole = self.cu_seqlens.diff().tolist()
+        own = whole if self.unpadded_lengths is None else self.unpadded_lengths.tolist()
+        return HostLengths(tuple(whole), (*own, *whole[len(own) :]))
+
     @property
     def sequence_ids(self) -> Tensor:
         """[T] index of the sequence a token belongs to; the dummy tail has index S."""
@@ -93,8 +108,8 @@ class Batch:
         return padded[self.sequence_ids]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        return replace(
+        """The batch on another device; what the host knows of it is not asked for there."""
+        moved = replace(
             self,
             tokens=self.tokens.to(device),
             cu_seqlens=self.cu_seqlens.to(device),
@@ -102,6 +117,8 @@ class Batch:
             token_columns={name: column.to(device) for name, column in self.token_columns.items()},
             sequence_columns={name: column.to(device) for name, column in self.sequence_columns.items()},
         )
+        vars(moved)["host_lengths"] = self.host_lengths
+        return moved
 
     @classmethod
     def dummy(cls, num_tokens: int) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,10 +295,8 @@ class TrainEngine:
         """What of the batch is computed once for several sequences, where the attention allows it."""
         if not self.shares_prefixes:
             return None
-        lengths = batch.cu_seqlens.diff().tolist()
-        found = shared_prefixes(batch.shared, lengths, self.groups.token_multiple)
-        where = batch.tokens.device
-        return found and replace(found, kept=found.kept.to(where), source=found.source.to(where))
+        lengths, multiple = batch.host_lengths.whole, self.groups.token_multiple
+        return _prefixes_on(batch.tokens.device, batch.shared, lengths, multiple)
 
     def _pads(self, model: nn.Module, batch: Batch, packed: PackedSequences) -> Tensor:
         """[1, tokens] what a router must not count of the tokens that this chunk of the model sees."""
@@ -333,3 +332,11 @@ def _architecture(model_path: str, score_head: bool) -> Architecture:
             "language model, or use it as a reward model"
         )
     return architecture_of(config)
+
+
+@lru_cache(maxsize=16)  # every chunk of the stage and the head ask for a microbatch's
+def _prefixes_on(
+    where: torch.device, shared: tuple[int, ...], lengths: tuple[int, ...], multiple: int
+) -> SharedPrefixes | None:
+    found = shared_prefixes(shared, lengths, multiple)
+    return found and replace(found, kept=found.kept.to(where), source=found.source.to(where))

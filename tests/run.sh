@@ -3,6 +3,7 @@
 #                                              bash tests/run.sh [pytest's arguments]
 # The five-minute inner loop:                  bash tests/run.sh quick [pytest's arguments]
 # Any tests on the newest Megatron-Core:       bash tests/run.sh newest [pytest's arguments]
+# A -m among the arguments chooses from what would be run without it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/install.sh "${MEGALIGN_PLATFORM:-cpu}" --test
@@ -13,13 +14,27 @@ unset PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 .venv/bin/ruff check .
 
-run() { .venv/bin/python -m pytest "$@"; }
+# In this shell's place, so that a signal to the one is one to the other.
+run() { exec .venv/bin/python -m pytest "$@"; }
+
+# pytest with the marks of $1 and of the last -m behind it, which alone pytest would heed.
+run_marked() {
+    local marks=$1 own="" rest=()
+    while shift && (($#)); do
+        case $1 in
+        -m) own=${2?"-m needs an expression"} && shift ;;
+        -m*) own=${1#-m} ;;
+        *) rest+=("$1") ;;
+        esac
+    done
+    run -m "$marks${own:+ and ($own)}" "${rest[@]}"
+}
 
 # A test fails when the version that it imports is not MEGALIGN_MEGATRON.
-run_on_newest() {
-    local version
-    version=$(sed -n 's/^megatron-core==//p' tools/requirements-megatron-newest.txt)
-    MEGALIGN_MEGATRON=$version PYTHONPATH=$PWD/.venv/megatron-$version${PYTHONPATH:+:$PYTHONPATH} run "$@"
+choose_newest() {
+    MEGALIGN_MEGATRON=$(sed -n 's/^megatron-core==//p' tools/requirements-megatron-newest.txt)
+    PYTHONPATH=$PWD/.venv/megatron-$MEGALIGN_MEGATRON${PYTHONPATH:+:$PYTHONPATH}
+    export MEGALIGN_MEGATRON PYTHONPATH
 }
 
 # Tests without ranks, or with few.
@@ -28,29 +43,45 @@ ALONE=(tests/algos tests/config tests/conversion tests/data tests/tools)
 # Those marked `megatron` on the newest Megatron-Core, and ALONE unless the arguments choose tests.
 second_lane() {
     local failed=0
-    run_on_newest "$@" -m "megatron and not vllm" -p no:cacheprovider || failed=$?
+    (choose_newest && run_marked "megatron and not vllm" "$@" -p no:cacheprovider) || failed=$?
     if [[ $# -eq 0 ]]; then
-        run "${ALONE[@]}" -p no:cacheprovider || failed=$?
+        (run "${ALONE[@]}" -p no:cacheprovider) || failed=$?
     elif [[ $failed == 5 ]]; then # the arguments chose tests, and none of them is marked
         failed=0
     fi
     return "$failed"
 }
 
-case ${1:-} in
-quick) run -m "not vllm and not ranks8 and not slow and not gpu" "${@:2}" ;;
-newest) run_on_newest "${@:2}" ;;
-*)
-    # Two lanes side by side: many tests keep one core only, and all those of ALONE do. The second's words come last.
+both_lanes() {
+    # Side by side: many tests keep one core only, and all those of ALONE do. The second's words come last.
+    local failed=0
     if [[ $# -gt 0 ]]; then first=("$@"); else first=("${ALONE[@]/#/--ignore=}"); fi
     words=$(mktemp)
-    second_lane "$@" > "$words" 2>&1 &
-    other=$!
-    trap 'kill "$other" 2> /dev/null || true; rm -f "$words"' EXIT
-    failed=0
-    run "${first[@]}" || failed=$?
-    wait "$other" || failed=$?
+    trap 'rm -f "$words"' EXIT
+    set -m # a lane is a process group, which a signal ends as a whole
+    second_lane "$@" < /dev/null > "$words" 2>&1 &
+    second=$!
+    run "${first[@]}" < /dev/null &
+    first=$!
+    trap 'stop INT 130' INT
+    trap 'stop TERM 143' TERM
+    wait "$first" || failed=$?
+    wait "$second" || failed=$?
     cat "$words"
-    exit "$failed"
-    ;;
+    return "$failed"
+}
+
+# The first lane hears the signal, and tells after an interrupt what it has found so far; the second has no reader.
+stop() {
+    trap '' INT TERM
+    kill -s "$1" -- "-$first" 2> /dev/null || true
+    kill -s TERM -- "-$second" 2> /dev/null || true
+    wait 2> /dev/null || true
+    exit "$2"
+}
+
+case ${1:-} in
+quick) run_marked "not vllm and not ranks8 and not slow and not gpu" "${@:2}" ;;
+newest) choose_newest && run "${@:2}" ;;
+*) both_lanes "$@" ;;
 esac

@@ -54,11 +54,8 @@ class PackedSequences(PackedSeqParams):
     @classmethod
     def of(cls, batch: Batch, cp: Axis, prefixes: SharedPrefixes | None = None) -> PackedSequences:
         """The parameters of a Batch; `max_seqlen` is the true longest sequence."""
-        lengths = tuple(batch.cu_seqlens.diff().tolist())
+        lengths, unpadded = batch.host_lengths
         queries = lengths if prefixes is None else prefixes.queries
-        unpadded = lengths
-        if batch.unpadded_lengths is not None:
-            unpadded = (*batch.unpadded_lengths.tolist(), *lengths[batch.num_sequences :])
         order = context.whole_order(lengths, cp.size).to(batch.tokens.device) if cp.size > 1 else None
         # Transformer Engine's context parallelism asks for them; without it they would only cost it a comparison on
         # the device in each layer. A tail that pads T is a sequence of its own, so both are the same.
@@ -230,14 +227,20 @@ class PackedAttention(nn.Module):
         return torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
 
     def _attend_causally(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        whole = len(query) == len(key)
-        return F.scaled_dot_product_attention(
+        whole, mask = len(query) == len(key), None
+        turned = not whole and not query.is_cuda
+        if turned:
+            query, mask = query.flip(0), _stairs(len(query), len(key), query.dtype)
+        elif not whole:
+            mask = causal_lower_right(len(query), len(key))
+        attended = F.scaled_dot_product_attention(
             *(x.transpose(0, 1)[None] for x in (query, key, value)),
-            attn_mask=None if whole else causal_lower_right(len(query), len(key)),
+            attn_mask=mask,
             is_causal=whole,
             scale=self._scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )[0].transpose(0, 1)
+        return attended.flip(0) if turned else attended
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -245,6 +248,17 @@ class PackedAttention(nn.Module):
         """The sinks as Megatron's checkpoints describe a tensor that tensor ranks split."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
+
+
+def _stairs(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """[queries, keys] what is added to the scores of the last `queries` of `keys` positions, the last one first.
+
+    Each then sees one key less than the one before it, so that the rows are views of one line. On a CPU torch's
+    causal_lower_right is a matrix, which backward keeps for every sequence in every layer.
+    """
+    line = torch.zeros(keys + queries - 1, dtype=dtype)
+    line[keys:] = -torch.inf
+    return line.as_strided((queries, keys), (1, 1))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def fuses_gradient_accumulation(uses_transformer_engine: bool) -> bool:
     """Whether weight gradients can be added to the fp32 buffers inside the matrix product.
 
     Transformer Engine's linears do it themselves, Megatron's with a kernel that Apex's build makes, on a CPU with
-    torch's product (patches.megatron).
+    torch's product (patches.megatron.gradients).
     """
     return not device.on_cuda() or uses_transformer_engine or _imports("fused_weight_gradient_mlp_cuda")
 

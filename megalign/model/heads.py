@@ -88,8 +88,7 @@ def _positions(batch: Batch, groups: ParallelGroups) -> Tensor:
     """[T / cp] where this context rank's tokens stand in the batch."""
     if groups.cp.size == 1:
         return torch.arange(batch.num_tokens, device=batch.tokens.device)
-    lengths = batch.cu_seqlens.diff().tolist()
-    return context.positions_of(lengths, groups.cp.rank, groups.cp.size).to(batch.tokens.device)
+    return context.positions_of(batch.host_lengths.whole, groups.cp.rank, groups.cp.size).to(batch.tokens.device)
 
 
 def _whole(scores: list[Tensor], targets: Tensor, batch: Batch, groups: ParallelGroups) -> list[Tensor]:

@@ -1,1 +1,1 @@
-"""Every patch of an upstream library, one file a library, each with its upstream line and when it goes."""
+"""Every patch of an upstream library, one file or folder a library, each with its upstream line and when it goes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -33,7 +33,7 @@ class Minibatch:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, for a checkpoint in the middle of a generation batch."""
-        batches = [vars(batch) for batch in self.batches]
+        batches = [{one.name: getattr(batch, one.name) for one in fields(batch)} for batch in self.batches]
         return {"batches": batches, "counts": vars(self.counts), "metrics": self.metrics}
 
     @classmethod

@@ -55,6 +55,12 @@ def test_each_sequence_is_padded_inside_itself() -> None:
     assert batch["x"].tolist() == [7, 8, 9, 0, 1, 0, 0, 0]
 
 
+def test_lengths_are_known_without_asking_the_device() -> None:
+    batch = pack([{"tokens": [1, 2, 3]}, {"tokens": [4]}], multiple=12, sequence_multiple=4).to(torch.device("meta"))
+    assert batch.host_lengths == ((4, 4, 4), (3, 1, 4))
+    assert pack([{"tokens": [1]}, {"tokens": [2]}]).host_lengths == ((1, 1), (1, 1))
+
+
 def test_no_sequences_make_a_dummy_batch() -> None:
     batch = pack([], multiple=6)
     assert batch.num_sequences == 0 and batch.num_tokens == 6 and not batch["loss_mask"].any()

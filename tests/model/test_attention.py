@@ -90,3 +90,26 @@ def test_values_and_gradients_with_sinks(
     (wanted * seed).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, **ROUNDING)
+
+
+@pytest.mark.parametrize("queries", [1, 200])
+def test_queries_behind_a_shared_prefix_keep_no_matrix_for_backward(queries: int) -> None:
+    """As under context parallelism and after a common beginning: they are the last of the keys' positions."""
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(1200, heads, 6, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    seed = torch.randn(queries, 4, 6, generator=generator)
+    query, key, value = given
+    module = PackedAttention(None, 1, None, "self", softmax_scale=0.3)
+    wanted = module._attend(query, key, value)[-queries:]
+    saved = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = module._attend(query[-queries:], key, value)
+    assert saved and max(saved) <= query.nbytes < 200 * 1200  # a matrix, were it of bytes
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    for mine, other in zip(*(torch.autograd.grad((x * seed).sum(), given) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)

@@ -257,6 +257,8 @@ def _error_of(path: str, fields: dict[str, Any], given: dict[str, Any]) -> str:
         ({}, {}, "train_dataset has no rows"),
         ({}, {"train_dataset": IterableDataset.from_generator(token_rows)}, "train_dataset is an IterableDataset"),
         ({}, {"train_dataset": token_rows(2), "callbacks": [print]}, "is not a transformers.TrainerCallback"),
+        ({}, {"train_dataset": token_rows(2), "processing_class": "llama"}, "class='llama' is not a tokenizer"),
+        ({}, {"train_dataset": token_rows(2), "processing_class": str}, "processing_class=str is not a tokenizer"),
         ({"report_to": ["nowhere"]}, {"train_dataset": token_rows(2)}, "report_to=.*nowhere is not supported"),
         (
             {"resume_from_checkpoint": "checkpoint-7"},
