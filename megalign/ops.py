@@ -233,7 +233,7 @@ def add_product_(
     left: Tensor,  # [m, k] fp32 or bf16
     right: Tensor,  # [k, n] of the same dtype
 ) -> Tensor:
-    """total += left @ right. On a GPU, and where a CPU widens bf16 for its products, the sum is rounded to fp32 only."""
+    """total += left @ right; on a GPU, and where a CPU widens bf16, the sum is rounded to fp32 only."""
     if left.dtype is torch.float32:
         return total.addmm_(left, right)
     if left.is_cuda:

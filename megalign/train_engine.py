@@ -21,7 +21,7 @@ from megalign.conversion import hf_files
 from megalign.conversion.architecture import Architecture
 from megalign.conversion.families import architecture_of, exported_config, is_classifier
 from megalign.conversion.hf_config import write_companions
-from megalign.data.prefixes import SharedPrefixes, shared_prefixes
+from megalign.data.prefixes import SharedPrefixes, num_shared, shared_prefixes
 from megalign.errors import UserError
 from megalign.model import checkpoint, extensions, optimizer, overlap
 from megalign.model.activation_offload import offloaded_activations
@@ -97,7 +97,7 @@ class TrainEngine:
         the loss mask. A sequence column `temperature` divides the logits.
         """
         batches = self._placed(batches)
-        columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
+        columns = pipeline.evaluate(self._chunks, batches, self._stage, self._rows, self._head, self.groups)
         return [{name: column[name] for name in names} for column in columns]
 
     def train_step(
@@ -117,6 +117,7 @@ class TrainEngine:
             self._chunks,
             batches,
             self._stage,
+            self._rows,
             self._head,
             finiteness.watched(lambda columns, batch: loss_fn(columns, batch, counts)),
             self.groups,
@@ -135,7 +136,7 @@ class TrainEngine:
         """The loss and its metrics over all ranks' batches, without gradient."""
         counts = counts or reduce_counts(batches, self.groups)
         batches = self._placed(batches)
-        columns = pipeline.evaluate(self._chunks, batches, self._stage, self._head, self.groups)
+        columns = pipeline.evaluate(self._chunks, batches, self._stage, self._rows, self._head, self.groups)
         shares = []
         with torch.no_grad():
             for column, batch in zip(columns, batches, strict=True):
@@ -290,6 +291,14 @@ class TrainEngine:
         )
         with self._offloaded(model) if self._args.activation_offloading else nullcontext():
             return model(tokens, positions, None, packed_seq_params=packed, **balanced)
+
+    def _rows(self, batch: Batch) -> int:
+        """Of the hidden states that `_stage` makes of a batch on this rank, known before it is run."""
+        computed = batch.num_tokens
+        if self.shares_prefixes:
+            computed -= num_shared(batch.shared, self.groups.token_multiple)
+        tensor_ranks = self.groups.tp.size if self._args.sequence_parallel else 1
+        return computed // (self.groups.cp.size * tensor_ranks)
 
     def _prefixes(self, batch: Batch) -> SharedPrefixes | None:
         """What of the batch is computed once for several sequences, where the attention allows it."""

@@ -107,6 +107,7 @@ def gradients(
         engine._chunks,
         engine._placed(batches),
         engine._stage,
+        engine._rows,
         engine._head,
         lambda columns, batch: loss_of(name)(columns, batch, global_counts()),
         groups,

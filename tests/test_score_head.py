@@ -60,8 +60,8 @@ def on_ranks(path: str, layout: Layout) -> dict[str, Any]:
     batches = engine._placed([batch(ids, groups) for ids in mine])
     columns = engine.forward(batches, ("scores", "values"))
     pipeline.train(
-        engine._chunks, batches, engine._stage, engine._head, lambda c, b: loss(c, b, Counts(tokens=1, sequences=1)),
-        groups,
+        engine._chunks, batches, engine._stage, engine._rows, engine._head,
+        lambda c, b: loss(c, b, Counts(tokens=1, sequences=1)), groups,
     )  # fmt: skip
     found = {
         i: {name: unpacked(made, column[name], [LENGTHS[i] for i in ids])[place] for name in column}

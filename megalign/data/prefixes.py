@@ -39,13 +39,18 @@ def common_beginnings(tokens: Tensor, lengths: Sequence[int]) -> tuple[int, ...]
     return tuple(common)
 
 
+def num_shared(shared: Sequence[int], multiple: int) -> int:
+    """T - T': tokens that need not be computed."""
+    return sum(shared) // multiple * multiple
+
+
 def shared_prefixes(shared: Sequence[int], lengths: Sequence[int], multiple: int) -> SharedPrefixes | None:
     """From `common_beginnings` (later sequences share nothing); T' is a multiple of `multiple`, as T is.
 
     None where nothing is shared.
     """
     own = [*shared, *[0] * (len(lengths) - len(shared))]
-    surplus = sum(own) % multiple
+    surplus = sum(own) - num_shared(own, multiple)
     for number, common in enumerate(own):  # so many tokens are computed again
         again = min(common, surplus)
         own[number], surplus = common - again, surplus - again

@@ -11,7 +11,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
-from megalign.device import on_cuda
 from megalign.model.overlap import overlapping, reduce_in_last_microbatch
 from megalign.patches.megatron import megatron_calls
 

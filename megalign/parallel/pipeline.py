@@ -18,14 +18,22 @@ from megalign import device
 from megalign.batch import Batch, Metric
 from megalign.parallel.groups import ParallelGroups
 from megalign.patches.megatron import megatron_calls
+from megalign.patches.p2p import known_shapes
 
 Forward = Callable[[nn.Module, Batch], Tensor]  # one stage: its input arrives by set_input_tensor
+Rows = Callable[[Batch], int]  # of a stage's hidden states [rows, 1, H], in and out
 Head = Callable[[Tensor, Batch], dict[str, Tensor]]  # hidden [T, 1, H] of the last stage -> token columns
 Loss = Callable[[dict[str, Tensor], Batch], tuple[Tensor, dict[str, Metric]]]
 
 
 def train(
-    chunks: list[nn.Module], batches: list[Batch], forward: Forward, head: Head, loss: Loss, groups: ParallelGroups
+    chunks: list[nn.Module],
+    batches: list[Batch],
+    forward: Forward,
+    rows: Rows,
+    head: Head,
+    loss: Loss,
+    groups: ParallelGroups,
 ) -> list[dict[str, Metric]]:
     """Forward and backward of all microbatches; gradients of the global loss are left in the DDP buffers.
 
@@ -54,13 +62,13 @@ def train(
                 {"loss": Metric(value.detach()), **detached},
             )
 
-        return forward(model, batch), loss_func
+        return _checked(forward(model, batch), rows(batch)), loss_func
 
-    return _run(forward_step, chunks, batches, forward_only=False)
+    return _run(forward_step, chunks, batches, rows, forward_only=False)
 
 
 def evaluate(
-    chunks: list[nn.Module], batches: list[Batch], forward: Forward, head: Head, groups: ParallelGroups
+    chunks: list[nn.Module], batches: list[Batch], forward: Forward, rows: Rows, head: Head, groups: ParallelGroups
 ) -> list[dict[str, Tensor]]:
     """The head's columns for each microbatch, without gradient, on every stage of the pipeline."""
 
@@ -70,11 +78,11 @@ def evaluate(
         def columns(hidden: Tensor, non_loss_data: bool = True) -> dict[str, Tensor]:
             return head(hidden, batch)
 
-        return forward(model, batch), columns
+        return _checked(forward(model, batch), rows(batch)), columns
 
     with torch.no_grad():
         padded = _whole_rounds(chunks, batches, groups)
-        results = _run(forward_step, chunks, padded, forward_only=True)[: len(batches)]
+        results = _run(forward_step, chunks, padded, rows, forward_only=True)[: len(batches)]
         return _broadcast_columns(results, batches, groups)
 
 
@@ -95,16 +103,24 @@ def _whole_rounds(chunks: list[nn.Module], batches: list[Batch], groups: Paralle
     return batches + [Batch.dummy(groups.token_multiple).to(device.device())] * (whole - len(batches))
 
 
-def _run(forward_step: Any, chunks: list[nn.Module], batches: list[Batch], *, forward_only: bool) -> list[Any]:
+def _checked(hidden: Tensor, rows: int) -> Tensor:
+    assert len(hidden) == rows, f"a stage computed {len(hidden)} rows of a microbatch that has {rows}: another's input"
+    return hidden
+
+
+def _run(
+    forward_step: Any, chunks: list[nn.Module], batches: list[Batch], rows: Rows, *, forward_only: bool
+) -> list[Any]:
     assert batches, "a rank without rows feeds Batch.dummy"
     interleaved = len(chunks) > 1
-    with megatron_calls():
+    shapes = known_shapes([rows(batch) for batch in batches], len(chunks), forward_only=forward_only)
+    with megatron_calls(), shapes:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in chunks] if interleaved else iter(batches),
             model=chunks if interleaved else chunks[0],
             num_microbatches=len(batches),
-            seq_length=1,  # unused: the lengths travel with the tensors (variable_seq_lengths)
+            seq_length=1,  # unused: microbatches differ (variable_seq_lengths)
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,

@@ -127,6 +127,7 @@ def outcome(path: str, **fields: Any) -> tuple[Tensor, dict[str, Tensor]]:
             engine._chunks,
             engine._placed([batch]),
             engine._stage,
+            engine._rows,
             engine._head,
             lambda columns, rows: sft_loss(columns, rows, counts),
             engine.groups,

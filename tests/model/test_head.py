@@ -48,6 +48,7 @@ def gradients(engine: TrainEngine) -> dict[str, Tensor]:
         engine._chunks,
         engine._placed([batch()]),
         engine._stage,
+        engine._rows,
         engine._head,
         lambda columns, rows: sft_loss(columns, rows, COUNTS),
         engine.groups,

@@ -65,6 +65,7 @@ def gradients(path: str, layout: Layout, masked: bool, coefficient: float | None
         engine._chunks,
         engine._placed(batches),
         engine._stage,
+        engine._rows,
         engine._head,
         lambda columns, batch: no_loss(columns, batch, counts),
         engine.groups,

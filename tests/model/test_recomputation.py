@@ -45,6 +45,7 @@ def gradients(engine: TrainEngine) -> dict[str, Tensor]:
         engine._chunks,
         engine._placed([random_batch(0), random_batch(1)]),
         engine._stage,
+        engine._rows,
         engine._head,
         lambda columns, rows: sft_loss(columns, rows, counts),
         engine.groups,

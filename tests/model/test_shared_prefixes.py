@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalign.batch import Batch, Metric
 from megalign.data.collate import pack
-from megalign.data.prefixes import SHORTEST, common_beginnings, shared_prefixes
+from megalign.data.prefixes import SHORTEST, common_beginnings, num_shared, shared_prefixes
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups
 from tests.by_hand import worst
@@ -62,7 +62,8 @@ def computed(path: str, layout: Layout, fields: dict[str, Any]) -> dict[str, Any
     batches = microbatches(engine.groups)
     columns = engine.forward(batches, ("logprobs", "entropy", "argmax_correct"))
     seen = [found and len(found.kept) for found in map(engine._prefixes, batches)]
-    pipeline.train(engine._chunks, engine._placed(batches), engine._stage, engine._head, weighted, engine.groups)
+    placed = engine._placed(batches)
+    pipeline.train(engine._chunks, placed, engine._stage, engine._rows, engine._head, weighted, engine.groups)
     return {"columns": columns, "seen": seen, "gradients": gradients_of(engine)}
 
 
@@ -114,16 +115,19 @@ def test_the_routers_balance_counts_every_token(tiny_models: TinyModels) -> None
 @given(data=st.data(), multiple=st.sampled_from([1, 2, 4, 16]))
 def test_every_token_is_found_where_it_was_computed(data: st.DataObject, multiple: int) -> None:
     """A token's source has the same token and the same tokens before it."""
-    stems = [data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=50)) for _ in range(2)]
+    stems = [data.draw(st.lists(st.integers(0, 2), min_size=SHORTEST, max_size=50)) for _ in range(2)]
     parts = [
         data.draw(st.sampled_from(stems))[: data.draw(st.integers(1, 50))] + data.draw(st.lists(st.integers(0, 2)))
         for _ in range(data.draw(st.integers(1, 6)))
     ]
     tokens, lengths = torch.tensor([token for part in parts for token in part]), [len(part) for part in parts]
-    found = shared_prefixes(common_beginnings(tokens, lengths), lengths, multiple)
+    shared = common_beginnings(tokens, lengths)
+    found, spared = shared_prefixes(shared, lengths, multiple), num_shared(shared, multiple)
+    assert spared % multiple == 0
     if found is None:
+        assert spared == 0
         return
-    assert (len(tokens) - len(found.kept)) % multiple == 0
+    assert len(tokens) - len(found.kept) == spared
     assert len(found.kept) == sum(found.queries) and min(found.queries) >= 1
     where = [(part, end) for part, length in enumerate(lengths) for end in range(length)]
     for place, source in enumerate(found.source.tolist()):
