@@ -63,6 +63,9 @@ def grpo_flags(parser: argparse.ArgumentParser) -> None:
     """Of grpo."""
     training_flags(parser)
     parser.add_argument("--max-completion-length", type=int, default=16)
+    parser.add_argument(
+        "--vllm-gpu-memory-utilization", type=float, default=0.15, help="of a GPU, which both engines share"
+    )
     parser.add_argument("--prompt-days", type=int, default=1, help="of a made prompt's story, 12 tokens each")
     parser.add_argument(
         "--no-share-prefixes",

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from torch import Tensor
 
 from megalign.conversion.architecture import Architecture
-from megalign.model.extensions import TRANSFORMER_ENGINE, fuses_gradient_accumulation
+from megalign.model.extensions import TRANSFORMER_ENGINE
 from megalign.model.fp8 import fp8
 from megalign.model.layer_spec import is_swiglu, transformer_impl
 from megalign.model.layout_checks import check_layout
@@ -88,7 +88,7 @@ def transformer_config(architecture: Architecture, args: LoopConfig, groups: Par
         **fp8(args, architecture, implementation, groups),
         # It notes on the weight itself that its gradient is added already, and what comes back from an offloading
         # hook is another object.
-        gradient_accumulation_fusion=fuses_gradient_accumulation(uses_te) and not args.activation_offloading,
+        gradient_accumulation_fusion=not args.activation_offloading,
         **_latent_attention(architecture),
         **_experts(architecture, args),
         # The fused variants are CUDA kernels or torch.compile wrappers; same numbers without.

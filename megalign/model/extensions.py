@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 from megatron.core import optimizer as megatron_optimizer
@@ -16,15 +15,6 @@ TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"  # Megatron's words fo
 def has_transformer_engine() -> bool:
     """Whether Megatron could import Transformer Engine, and there is a GPU to run it on."""
     return transformer_engine.HAVE_TE and device.on_cuda()
-
-
-def fuses_gradient_accumulation(uses_transformer_engine: bool) -> bool:
-    """Whether weight gradients can be added to the fp32 buffers inside the matrix product.
-
-    Transformer Engine's linears do it themselves, Megatron's with a kernel that Apex's build makes, on a CPU with
-    torch's product (patches.megatron.gradients).
-    """
-    return not device.on_cuda() or uses_transformer_engine or _imports("fused_weight_gradient_mlp_cuda")
 
 
 def optimizer_name() -> str:
@@ -47,11 +37,3 @@ def layers_name(implementation: str, asked_for: str, lacks: Sequence[str] = ()) 
         return f"plain torch (the model needs a {' and a '.join(lacks)}, which Transformer Engine has not)"
     reason = "there is no GPU" if transformer_engine.HAVE_TE else "Transformer Engine is not installed"
     return f"plain torch ({reason})"
-
-
-def _imports(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True

@@ -92,7 +92,7 @@ OURS = list(THEIRS)
 CASES = [pytest.param(name, ours, id=f"{ours.__name__}-{name}") for ours in OURS for name in THEIRS[ours]]
 # Where TRL's default would be a trap, or is not ours to give; each says so in its doc.
 OTHER_DEFAULTS = {
-    *("use_vllm", "disable_dropout", "output_dir", "report_to", "recompute_granularity"),
+    *("use_vllm", "disable_dropout", "output_dir", "report_to", "recompute_granularity", "torch_compile"),
     *("sft_model_path", "reward_model_path"),
 }
 # What TRL does by default and we do not; written out, it is refused.
@@ -155,7 +155,8 @@ def test_defaults_are_trls_unless_the_doc_says_otherwise(ours):
     assert docs(PPOConfig)["max_completion_length"].count("response_length")
     assert default_of(specs(PPOConfig)["max_completion_length"]) == PPO_OF_TRL_1_12["response_length"]
     assert "TRL's" in docs(SFTConfig)["shuffle_dataset"] and "TRL's" in docs(KTOConfig)["shuffle_dataset"]
-    assert "TRL's" in docs(GRPOConfig)["use_vllm"] and "TRL's" in docs(GRPOConfig)["disable_dropout"]
+    for name in ("use_vllm", "disable_dropout", "torch_compile"):
+        assert "TRL's" in docs(GRPOConfig)[name]
 
 
 def _refuses(ours: type, name: str, value: object) -> bool:

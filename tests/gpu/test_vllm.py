@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.jobs.inputs import save_model, sums, write_rows
 from tests.jobs.start import megalign, run
@@ -46,9 +45,9 @@ def test_seeds_repeat_a_sample_before_and_after_sleep(seen: dict[str, Any]) -> N
 
 def test_a_sleeping_engine_gives_its_memory_to_the_driver(seen: dict[str, Any]) -> None:
     given = seen["resident_awake"] - seen["resident_asleep"]
-    wanted = 0.1 * torch.cuda.mem_get_info()[1]  # vllm_gpu_memory_utilization of observe()
+    wanted = seen["weights_and_cache"]
     print("sleep", {"held GiB": round(wanted / 2**30, 2), "given back": round(given / 2**30, 2)})
-    assert given > 0.9 * wanted
+    assert given > 0.98 * wanted > 2**30
     assert seen["asleep"].startswith("AssertionError") and "kv_cache" in seen["half_asleep"]
 
 

@@ -23,9 +23,8 @@ from megatron.core.extensions import transformer_engine
 assert transformer_engine.HAVE_TE
 from megatron.core.transformer.moe import moe_utils
 moe_utils.te_general_gemm = None  # the stand-in has none
-from megalign.model import architecture, layer_spec
+from megalign.model import layer_spec
 layer_spec.has_transformer_engine = lambda: True  # as on a GPU
-architecture.fuses_gradient_accumulation = lambda uses_te: False
 from tests.layouts import ONE_RANK, make_engine
 from tests.parity import MICROBATCHES, engine_logprobs, reference_logprobs
 found, wanted = engine_logprobs(sys.argv[1], ONE_RANK, MICROBATCHES), reference_logprobs(sys.argv[1])

@@ -96,6 +96,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
 
     engine.update_weights(weights_of(path, 2).items())
     _touch_kv_cache(engine)
+    (seen["weights_and_cache"],) = engine._llm.collective_rpc(_weights_and_cache)
     seen["resident_awake"] = _held_bytes()
     with timed("sleep"):
         engine.sleep()
@@ -109,6 +110,13 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     seen["asleep_again"] = sorted(engine._asleep)
     seen["shared_memory"] = sorted(_segments() - segments)
     return seen
+
+
+def _weights_and_cache(worker: Any) -> int:
+    """Bytes that the worker's tensors take."""
+    tensors = [*worker.model_runner.model.parameters(), *worker.model_runner.kv_caches]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
 
 
 def _held_bytes() -> int:

@@ -94,8 +94,13 @@ def shared_arguments(options: argparse.Namespace, output_dir: str) -> dict[str, 
     }
     if options.job != "grpo":
         return {**shared, "max_length": 1024}
-    lengths = {"num_generations": NUM_GENERATIONS, "max_completion_length": options.max_completion_length}
-    return {**shared, **lengths, "shuffle_dataset": False}
+    return {
+        **shared,
+        "num_generations": NUM_GENERATIONS,
+        "max_completion_length": options.max_completion_length,
+        "vllm_gpu_memory_utilization": options.vllm_gpu_memory_utilization,
+        "shuffle_dataset": False,
+    }
 
 
 def megalign_arguments(options: argparse.Namespace) -> dict[str, Any]:

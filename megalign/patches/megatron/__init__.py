@@ -37,11 +37,11 @@ def install() -> None:
     unpickle_data_only()
     absent_te.recompute_without_transformer_engine()
     absent_te.do_without_transformer_engine()
+    gradients.add_gradients_without_apex()
     if not on_cuda():
         cpu.replace_cuda_functions()
         cpu.replace_rng_tracker_state()
         uneven_parts.send_uneven_parts_over_gloo()
-        gradients.add_gradients_on_a_cpu()
         quiet.silence_known_on_a_cpu()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from megalign.patches.megatron.gradients import add_gradients_without_apex
-
 
 def recompute_without_transformer_engine() -> None:
     """tensor_parallel/random.py:636 takes fp8=False, its default, for FP8 and asks Transformer Engine, here or not.
@@ -37,7 +35,5 @@ def do_without_transformer_engine() -> None:
 
     if not transformer_engine.HAVE_TE:
         multi_latent_attention.HAVE_TE = False
-    else:
-        add_gradients_without_apex()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

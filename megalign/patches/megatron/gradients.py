@@ -7,27 +7,22 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from megalign import ops
+from megalign.device import on_cuda
 from megalign.patches.megatron.replace import replace
 
 
 def add_gradients_without_apex() -> None:
-    """tensor_parallel/layers.py:924/1070 refuses gradient_accumulation_fusion without Apex's kernel, to the head too.
+    """tensor_parallel/layers.py:569/680 calls Apex's kernel, for which a product of ours stands in where it is not
+    built, and on a CPU; buffers are fp32 (model.optimizer).
 
-    Transformer Engine's linears add their gradients up themselves, and the head is a function of its weight here
-    (model.heads), no module that is called. Goes when upstream asks where the kernel is used.
+    layers.py:924/1070 refuses gradient_accumulation_fusion without the kernel also where nothing would call it: to
+    Transformer Engine's linears, and to the head, a function of its weight here (model.heads).
     """
-    from megatron.core.tensor_parallel import layers
-
-    replace(layers, "_grad_accum_fusion_available", True)
-
-
-def add_gradients_on_a_cpu() -> None:
-    """layers.py:569/680 calls Apex's kernel, for which a product of ours stands in; buffers are fp32
-    (model.optimizer)."""
     from megatron.core.tensor_parallel import layers
 
     def add(given: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
         ops.add_product_(main_grad, grad_output.t(), given)
 
-    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add)
-    add_gradients_without_apex()
+    if not (on_cuda() and layers._grad_accum_fusion_available):
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add)
+    replace(layers, "_grad_accum_fusion_available", True)
