@@ -31,7 +31,7 @@ def test_gradients_equal_torch(name: str, dtype: torch.dtype) -> None:
 ACTIVATIONS = {
     "rms_norm": (lambda x, w: ops.rms_norm(x, w, eps=1e-5), (64,), (64,)),
     "zero-centred rms_norm": (lambda x, w: ops.rms_norm(x, w, eps=1e-5, zero_centered=True), (2, 64), (64,)),
-    "swiglu": (lambda x, _: ops.swiglu(x), (1, 128), ()),
+    "swiglu": (lambda x, _: ops.swiglu(x), (1, 128), (1,)),
     "rotated halves": (lambda x, w: _rotate_halves(x, w.cos()[None, None], w.sin()[None, None]), (4, 80), (64,)),
     "rotated pairs": (lambda x, w: _rotate_pairs(x, w.cos()[None, None], w.sin()[None, None]), (4, 64), (64,)),
 }
