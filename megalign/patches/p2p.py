@@ -14,19 +14,23 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
+from megalign.parallel.waiting import Waiting
+
 _NOTHING = [0, 0, 0]  # what upstream answers where nothing is received
 
 
 @contextlib.contextmanager
-def known_shapes(rows: Sequence[int], num_chunks: int, *, forward_only: bool) -> Iterator[None]:
-    """For one schedule over microbatches whose hidden states are [rows, 1, H] on this rank.
+def known_shapes(
+    rows: Sequence[int], num_chunks: int, *, forward_only: bool, waiting: Waiting | None = None
+) -> Iterator[None]:
+    """For one schedule over microbatches whose hidden states are [rows, 1, H] on this rank; `waiting` times messages.
 
     A schedule makes its communicator by this name (schedules.py:861,2010/1025,2169).
     """
     made: list[_KnownShapes] = []
 
     def make(pp_group: Any, config: Any) -> _KnownShapes:
-        made.append(_KnownShapes(pp_group, config, rows, num_chunks, forward_only))
+        made.append(_KnownShapes(pp_group, config, rows, num_chunks, forward_only, waiting or Waiting()))
         return made[-1]
 
     assert schedules.P2PCommunicator is P2PCommunicator, "one schedule at a time"
@@ -47,8 +51,11 @@ class _KnownShapes(P2PCommunicator):
     either direction is the one that ends the pass (:1120/1258); without interleaving it has nothing.
     """
 
-    def __init__(self, pp_group: Any, config: Any, rows: Sequence[int], num_chunks: int, forward_only: bool) -> None:
+    def __init__(
+        self, pp_group: Any, config: Any, rows: Sequence[int], num_chunks: int, forward_only: bool, waiting: Waiting
+    ) -> None:
         super().__init__(pp_group, config)
+        self._waiting = waiting
         table = schedules.get_schedule_table(len(rows), num_chunks, config.microbatch_group_size_per_vp_stage)
         every = [rows[microbatch] for microbatch, _ in table]
         around = [rows[microbatch] for microbatch, chunk in table if chunk < num_chunks - 1]
@@ -57,6 +64,14 @@ class _KnownShapes(P2PCommunicator):
         self._inputs, self._outputs = iter(before), iter(behind)
         self._input_gradients = iter([] if forward_only else before)
         self._output_gradients = iter([] if forward_only else behind)
+
+    def _communicate(self, **given: Any) -> tuple[Any, ...]:
+        """Sends and receives, and waits for both; or leaves that to the handles, which come by name."""
+        with self._waiting():
+            *tensors, handles = super()._communicate(**given)
+        if handles:
+            handles = {name: self._waiting.until(handle) for name, handle in handles.items()}
+        return *tensors, handles
 
     def _communicate_shapes(
         self, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, recv_prev: bool, recv_next: bool

@@ -140,6 +140,8 @@ class Run:
         self.skips.count(result, self.state.global_step + 1)
         self.window.add({"loss": result.loss, **result.metrics})
         self.window.set(grad_norm=result.grad_norm, learning_rate=learning_rate)
+        if result.pipeline_wait_s is not None:
+            self.window.add({"perf/pipeline_wait_s": result.pipeline_wait_s})
         if self.skips.total:
             self.window.set(skipped_steps=self.skips.total)
         # A line shows a loss that was not finite; the mean of the whole run is of the others.

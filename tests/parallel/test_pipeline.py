@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import schedules
 from torch.overrides import TorchFunctionMode
 
+from megalign import train_engine
 from megalign.algos.supervised import sft_loss
 from megalign.batch import Batch
 from megalign.parallel import pipeline
+from megalign.parallel import waiting as waiting_module
 from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.waiting import Waiting
 from megalign.patches.p2p import known_shapes
 from tests.by_hand import packed
 from tests.layouts import ONE_RANK, Layout, groups_of, make_engine
@@ -77,6 +81,36 @@ def test_hidden_states_and_gradients_travel_and_no_shape(tiny_models: TinyModels
         handed_on = hidden * (layout.vpp - (stage == layout.pp - 1))
         both = sorted(taken + handed_on)
         assert found == [(sorted(handed_on), sorted(taken)), (both, both)]
+
+
+def test_what_is_waited_for_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 1.5, 10.0, 14.0])
+    monkeypatch.setattr(waiting_module, "_moment", lambda: next(clock))
+    waiting = Waiting()
+    with waiting():
+        handle = waiting.until(SimpleNamespace(wait=lambda: "arrived"))
+    assert waiting.seconds() == 0.5  # until somebody waits for it
+    assert handle.wait() == "arrived" and waiting.seconds() == 4.5
+
+
+def waits(path: str, layout: Layout) -> tuple[int, float | None]:
+    """How many blocks a step waited in, and what it says of them."""
+    engine, made = make_engine(path, layout), []
+    with mock.patch.object(train_engine, "Waiting", lambda: made.append(Waiting()) or made[-1]):
+        result = engine.train_step(microbatches(engine.groups), sft_loss, learning_rate=1e-3)
+    assert result.pipeline_wait_s == made[0].seconds()
+    return len(made[0]._spans), result.pipeline_wait_s
+
+
+def test_a_step_tells_how_long_a_stage_waited(tiny_models: TinyModels) -> None:
+    found = {}
+    for layout in (Layout(pp=2), Layout(pp=2, vpp=2)):
+        found[layout.vpp] = run_ranks(2, waits, tiny_models["llama"], layout)
+        assert all(seconds > 0 for _, seconds in found[layout.vpp])
+    # Without interleaving each microbatch's hidden states and its gradient are a block, or two in one. With it the
+    # handles' waits are blocks beside the messages' own.
+    assert all(len(TOKENS) < blocks <= 2 * len(TOKENS) for blocks, _ in found[1])
+    assert all(blocks > 4 * len(TOKENS) for blocks, _ in found[2])
 
 
 def refusals() -> None:
