@@ -35,8 +35,8 @@ from megalign.parallel import pipeline
 from megalign.parallel.control import agree
 from megalign.parallel.groups import ParallelGroups, seed_parallel_rng
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
-from megalign.parallel.waiting import Waiting
 from megalign.resharding import export, load
+from megalign.waiting import Waiting
 
 if TYPE_CHECKING:
     from megalign.config import LoopConfig

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from megalign import device
 from megalign.batch import Batch, Metric
 from megalign.parallel.groups import ParallelGroups
-from megalign.parallel.waiting import Waiting
 from megalign.patches.megatron import megatron_calls
 from megalign.patches.p2p import known_shapes
+from megalign.waiting import Waiting
 
 Forward = Callable[[nn.Module, Batch], Tensor]  # one stage: its input arrives by set_input_tensor
 Rows = Callable[[Batch], int]  # of a stage's hidden states [rows, 1, H], in and out

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from megalign.parallel.waiting import Waiting
+from megalign.waiting import Waiting
 
 _NOTHING = [0, 0, 0]  # what upstream answers where nothing is received
 

@@ -14,13 +14,13 @@ from megatron.core.pipeline_parallel import schedules
 from torch.overrides import TorchFunctionMode
 
 from megalign import train_engine
+from megalign import waiting as waiting_module
 from megalign.algos.supervised import sft_loss
 from megalign.batch import Batch
 from megalign.parallel import pipeline
-from megalign.parallel import waiting as waiting_module
 from megalign.parallel.groups import ParallelGroups
-from megalign.parallel.waiting import Waiting
 from megalign.patches.p2p import known_shapes
+from megalign.waiting import Waiting
 from tests.by_hand import packed
 from tests.layouts import ONE_RANK, Layout, groups_of, make_engine
 from tests.ranks import run_ranks
