@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _wanted = True
+# Of one function: the models of a process, each with gradients and without. Past 8 torch would give up, with a warning.
+_MOST_VARIANTS = 64
 
 
 def compile_passes(wanted: bool) -> None:
@@ -37,6 +39,8 @@ def one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(activations, *args, **kwargs)
         if compiled is None:  # torch's compiler takes seconds to import
             compiled = torch.compile(function)
+            config = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
         for tensor in (activations, *args):
             if isinstance(tensor, Tensor) and tensor.dim() > 1 and len(tensor) == len(activations):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)

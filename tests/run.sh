@@ -38,7 +38,7 @@ choose_newest() {
 }
 
 # Tests without ranks, or with few.
-ALONE=(tests/algos tests/config tests/conversion tests/data tests/tools)
+ALONE=(tests/algos tests/config tests/conversion tests/data tests/examples tests/tools)
 
 # Those marked `megatron` on the newest Megatron-Core, and ALONE unless the arguments choose tests.
 second_lane() {
