@@ -98,9 +98,13 @@ class Batch:
         return torch.arange(self.num_tokens, device=self.tokens.device) - starts >= own
 
     def per_sequence_sum(self, column: Tensor) -> Tensor:
-        """[T] -> [S], the sum of a token column over each real sequence; differentiable."""
-        sums = column.new_zeros(self.num_sequences + 1)
-        return sums.index_add(0, self.sequence_ids, column)[: self.num_sequences]
+        """[T] -> [S], the sum of a token column over each real sequence; differentiable.
+
+        Added up in float64: of thousands of tokens the order, which a GPU does not keep, would show in fp32.
+        """
+        exact = column.double() if column.is_floating_point() else column
+        sums = exact.new_zeros(self.num_sequences + 1).index_add(0, self.sequence_ids, exact)
+        return sums[: self.num_sequences].to(column.dtype)
 
     def per_token(self, column: Tensor) -> Tensor:
         """[S] -> [T], a sequence's value at each of its tokens; 0 on the dummy tail; differentiable."""

@@ -6,7 +6,9 @@
 # A -m among the arguments chooses from what would be run without it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash tools/install.sh "${MEGALIGN_PLATFORM:-cpu}" --test
+installed=cpu
+[[ ! -e .venv/.cuda ]] || installed=cuda
+bash tools/install.sh "${MEGALIGN_PLATFORM:-$installed}" --test
 
 # Every rank would compile Megatron and vLLM anew.
 unset PYTHONDONTWRITEBYTECODE

@@ -48,7 +48,7 @@ class Job(NamedTuple):
 def model_flags(parser: argparse.ArgumentParser) -> None:
     """What a job that runs a model takes."""
     parser.add_argument("--model", type=Path, default=SMOLLM2, help="Hugging Face directory; SmolLM2 when not given")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and activations")
 
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
 def grpo_flags(parser: argparse.ArgumentParser) -> None:
     """Of grpo."""
     training_flags(parser)
-    parser.add_argument("--max-completion-length", type=int, default=16)
+    parser.add_argument("--max-completion-length", type=int, default=16, help="in tokens")
     parser.add_argument(
         "--vllm-gpu-memory-utilization", type=float, default=0.15, help="of a GPU, which both engines share"
     )
@@ -77,9 +77,9 @@ def grpo_flags(parser: argparse.ArgumentParser) -> None:
 
 def logprob_flags(parser: argparse.ArgumentParser) -> None:
     """Of logprob."""
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the logits")
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 151936], help="sizes of the vocabulary")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048, help="rows of logits")
     parser.add_argument("--hidden", type=int, default=576, help="size of the hidden states that the head takes")
 
 
@@ -92,7 +92,7 @@ def sync_flags(parser: argparse.ArgumentParser) -> None:
 def pipeline_flags(parser: argparse.ArgumentParser) -> None:
     """Of pipeline."""
     parser.add_argument("--model", type=Path, help="Hugging Face directory of PP2 for real; made here when not given")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="to measure")
     parser.add_argument("--microbatches", type=int, default=8, help="of a step")
     parser.add_argument("--tokens", type=int, default=256, help="of a microbatch")
     parser.add_argument("--sleep-ms", type=float, default=20.0, help="a layer's forward pass; twice that backward")
@@ -133,25 +133,34 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_RAW)
     jobs = parser.add_subparsers(dest="job", required=True, metavar="JOB")
     for name, job in JOBS.items():
-        one = jobs.add_parser(name, help=job.summary, description=job.summary)
+        one = jobs.add_parser(
+            name, help=job.summary, description=job.summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         job.add_flags(one)
         one.add_argument("--repetitions", type=int, default=job.repetitions, help="pairs that are timed")
         one.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine")
         one.add_argument("--json", type=Path, help="file for the list of results")
         one.add_argument("--plot", type=Path, help=".png file for a picture of them")
     options = parser.parse_args(arguments)
-    for name in ("repetitions", "threads", "tokens", "hidden", "microbatches"):
+    if "batch" in options and options.batch is None:
+        options.batch = 4 * NUM_GENERATIONS if options.job == "grpo" else 4
+    for name in ("repetitions", "threads", "batch", "tokens", "hidden", "microbatches"):
         if getattr(options, name, 1) < 1:
             parser.error(f"--{name} {getattr(options, name)} must be at least 1")
-    if "batch" in options:
-        options.batch = options.batch or (4 * NUM_GENERATIONS if options.job == "grpo" else 4)
+    for size in getattr(options, "vocab", ()):
+        if size < 2:
+            parser.error(f"--vocab {size} must be at least 2: the only entry's logprob is always 0")
     if options.job == "grpo" and options.batch % NUM_GENERATIONS:
         parser.error(f"--batch {options.batch} must be a multiple of {NUM_GENERATIONS}, the completions of a prompt")
     return options
 
 
-def check_packages(options: argparse.Namespace) -> None:
-    """That what the job needs is installed, before anything is measured."""
+def check(options: argparse.Namespace) -> None:
+    """That what the job needs is installed, and its files can be written, before anything is measured."""
+    for name in ("json", "plot"):
+        path = getattr(options, name)
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UserError(f"--{name} {path} is no file's place; name a file in a directory that exists")
     if JOBS[options.job].needs_trl and importlib.util.find_spec("trl") is None:
         raise UserError(f"{options.job} is timed beside TRL, which is not installed; tools/install.sh cpu --test does")
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -161,7 +170,7 @@ def check_packages(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     options = parse_arguments(arguments)
-    check_packages(options)
+    check(options)
     # Read by the libraries of this process and of those it starts, when they are loaded: torch is not yet.
     os.environ.update(OMP_NUM_THREADS=str(options.threads), TOKENIZERS_PARALLELISM="false")
     importlib.import_module(f"tools.benchmarks.{JOBS[options.job].module}").run(options)

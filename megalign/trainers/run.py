@@ -92,6 +92,7 @@ class Run:
         self.epoch, self.update, self.logged_step = position["epoch"], position["update"], position["logged_step"]
         self.logged_tokens = position["logged_tokens"]
         self.window.restore(position["window"])
+        self.phases.restore(position["phases"])
         self.skips.total = position["skipped"]
         self._apply(plan)
 
@@ -103,6 +104,7 @@ class Run:
             "logged_step": self.logged_step,
             "logged_tokens": self.logged_tokens,
             "window": self.window.state(),
+            "phases": self.phases.names,
             "skipped": self.skips.total,
         }
 

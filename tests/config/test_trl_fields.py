@@ -110,6 +110,8 @@ DEFAULTS_REFUSED_ON_PURPOSE = {
 }
 # Fields that are read through a property or method of the config.
 READ_THROUGH = {
+    "overlap_grad_reduce": "overlaps_grad_reduce",
+    "overlap_param_gather": "overlaps_param_gather",
     "bf16": "params_dtype_name",
     "model_init_kwargs": "params_dtype_name",
     "data_seed": "data_order_seed",

@@ -24,6 +24,7 @@ def test_every_row_once_within_the_budget_and_equally_often(lengths: list[int], 
     dealt = balanced(units(lengths), ranks, BUDGET)
     assert sorted(row for parts in dealt for part in parts for row in part) == list(range(len(lengths)))
     assert len({len(parts) for parts in dealt}) == 1
+    assert sum(not part for parts in dealt for part in parts) < ranks  # each would be a pass over nothing
     for part in (part for parts in dealt for part in parts):
         assert sum(lengths[row] for row in part) <= BUDGET.tokens or len(part) == 1
         assert part == sorted(part)

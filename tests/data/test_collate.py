@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from megalign.batch import Batch, Completion
 from megalign.data.balance import Budget
 from megalign.data.collate import completion_sequences, pack, packed_share, unpack
+from megalign.data.prefixes import num_shared
 from megalign.parallel.groups import Axis
 
 
@@ -148,11 +150,13 @@ def test_no_microbatch_has_more_tokens_than_the_budget(shares: bool, multiple: i
     groups = SimpleNamespace(
         dp=Axis(None, 0, 1, [0]), token_multiple=multiple, sequence_multiple=1 if shares else sequence_multiple
     )
-    budget = Budget(tokens=50, cost=float, shares_prefixes=shares)
-    prompt = list(range(20))
-    rows = [{"tokens": prompt + [100 + n] * (1 + n % 7)} for n in range(12)]
-    share = packed_share(range(12), lambda part: [rows[row] for row in part], groups, micro_batch=1, budget=budget)
-    assert sorted(row for part, _ in share.microbatches for row in part) == list(range(12))
-    assert len(share.microbatches) < 12
-    for _, batch in share.microbatches:
-        assert len(batch.tokens) - (sum(batch.shared) if shares else 0) <= 50
+    sizes = {"micro_batch": 1, "budget": Budget(tokens=50, cost=float, shares_prefixes=shares)}
+    draw = random.Random(0)
+    for _ in range(30):
+        prompt = list(range(draw.randint(16, 24)))
+        rows = [{"tokens": prompt + [100 + n] * draw.randint(1, 8)} for n in range(12)]
+        share = packed_share(range(12), lambda part, rows=rows: [rows[row] for row in part], groups, **sizes)
+        assert sorted(row for part, _ in share.microbatches for row in part) == list(range(12))
+        assert shares is False or len(share.microbatches) < 12
+        for _, batch in share.microbatches:
+            assert len(batch.tokens) - (num_shared(batch.shared, multiple) if shares else 0) <= 50

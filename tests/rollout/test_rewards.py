@@ -201,7 +201,7 @@ def counted(completion_ids: list[list[int]], log_extra: Any, log_metric: Any, **
     log_extra("index", indices)
     if 0 in indices:
         log_extra("first", ["yes"] * len(indices))
-    log_metric("share", len(indices))
+    log_metric("index", sum(indices) / len(indices))
     return [float(index) for index in indices]
 
 
@@ -239,7 +239,7 @@ def test_each_completion_is_scored_once_in_the_job(tp: int, pp: int, count: int)
         assert result.extra["index"] == list(range(count))
         in_first = len(calls[0])
         assert result.extra["first"] == ["yes"] * in_first + [None] * (count - in_first)
-        assert result.metrics == {"share": count / len(calls)}
+        assert result.metrics == {"index": pytest.approx((count - 1) / 2)}  # also of shares that are not equal
         assert "out of money" in rank["errors"][0]
         late = f"reward function 'hangs' did not answer for completions 0 to {in_first - 1} of the round within "
         assert rank["errors"][1].startswith(late) and "\n" not in rank["errors"][1]

@@ -21,6 +21,9 @@ from tools.benchmarks.models import found_model
         (["grpo", "--help"], 0, "--no-share-prefixes"),
         (["sft", "--no-share-prefixes"], 2, "unrecognized arguments: --no-share-prefixes"),
         (["dpo", "--repetitions", "0"], 2, "--repetitions 0 must be at least 1"),
+        (["logprob", "--help"], 0, "(default: 2048)"),
+        (["sft", "--batch", "0"], 2, "--batch 0 must be at least 1"),
+        (["logprob", "--vocab", "8", "1"], 2, "--vocab 1 must be at least 2"),
         (["grpo", "--batch", "12"], 2, "--batch 12 must be a multiple of 8"),
         (["pipeline", "--layouts", "pp3"], 2, "invalid choice: 'pp3'"),
     ],
@@ -46,7 +49,16 @@ def test_what_is_not_installed_is_said_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == absent else object())
     with pytest.raises(UserError, match=f"(?i){absent}.* not installed"):
-        benchmark.check_packages(benchmark.parse_arguments(words))
+        benchmark.check(benchmark.parse_arguments(words))
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+@pytest.mark.parametrize("place", ["nowhere/a.json", "."])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    flag: str, place: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"{flag} {tmp_path / place} is no file's place"):
+        benchmark.check(benchmark.parse_arguments(["save", flag, str(tmp_path / place)]))
 
 
 def test_a_model_that_is_none_is_refused(tmp_path: Path) -> None:
