@@ -187,3 +187,23 @@ def test_metrics_of_columns_that_the_engine_does_not_give_are_left_out() -> None
     _, metrics = dpo_loss(outputs, batch, counts_of([batch], DPO_COUNTS), **BASE)
     names = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
     assert set(metrics) == names | {"logps/chosen", "logps/rejected"}
+
+
+def test_long_answers_keep_their_digits_in_fp32() -> None:
+    """Each answer's log probability is some thousands, and the policy's and the reference's differ by less than 1."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = [600, 550, 580, 590]
+    exact = -8 + torch.randn(sum(lengths), generator=draw, dtype=torch.float64)
+    reference = exact + 0.02 * torch.randn(len(exact), generator=draw, dtype=torch.float64)
+    batch = Batch(
+        tokens=torch.ones(len(exact), dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        num_sequences=len(lengths),
+        token_columns={"loss_mask": torch.ones(sum(lengths), dtype=torch.bool)},
+    )
+    margins = {}
+    for dtype in (torch.float64, torch.float32):
+        here = batch.with_token_columns(ref_logprobs=reference.float().to(dtype))
+        _, metrics = dpo_loss({"logprobs": exact.float().to(dtype)}, here, counts_of([here], DPO_COUNTS), **BASE)
+        margins[dtype] = added([metrics])["rewards/margins"]
+    assert margins[torch.float32] == pytest.approx(margins[torch.float64], rel=1e-6)
