@@ -113,6 +113,7 @@ NAMES = [
     "perf/reference_s",
     "perf/update_s",
     "perf/other_s",
+    "perf/between_steps_s",
     "perf/tflops",
     "perf/tokens_per_s",
     "perf/weight_sync_gb_per_s",
