@@ -47,7 +47,8 @@ def finish(report: Report, options: argparse.Namespace, console: Console) -> Non
     """Writes the JSON and the picture, where they were asked for, and shows the table."""
     limits = machine.median_limits(report.limits)
     made_on = {**machine.describe(options.threads), **limits._asdict()}
-    entries = [{**entry, "machine": made_on} for entry in report.entries]
+    asked = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(options).items()}
+    entries = [{**entry, "options": asked, "machine": made_on} for entry in report.entries]
     if options.json is not None:
         options.json.write_text(json.dumps(entries, indent=2) + "\n")
     if options.plot is not None:
@@ -72,7 +73,7 @@ def show(report: Report, made_on: Mapping[str, Any], console: Console) -> None:
     console.print(f"machine: {', '.join(texts)}", soft_wrap=True)
     if any(max(found) > 1.3 * min(found) for found in rates.values()):
         console.print("[yellow]other programs kept the machine busy: trust CPU seconds more than the others")
-    built = "csrc/ built" if made_on["extension"] else "csrc/ not built"
+    built = "with csrc/" if made_on["extension"] else "without csrc/"
     versions = ", ".join(f"{name} {version}" for name, version in made_on["versions"].items())
     console.print(f"{made_on['name']}, {made_on['threads']} threads, {built}; {versions}", soft_wrap=True)
 
