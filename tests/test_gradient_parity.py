@@ -7,11 +7,13 @@ carry fixed noise, since an on-policy GRPO loss is about 0 whatever is wrong.
 from __future__ import annotations
 
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megalign.algos.policy import grpo_loss
 from megalign.algos.supervised import sft_loss
@@ -19,7 +21,7 @@ from megalign.batch import Batch, Counts
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import reduce_counts, reduce_metrics
-from tests.by_hand import packed, worst
+from tests.by_hand import packed, relative, worst
 from tests.layouts import EIGHT_RANKS, EVERYTHING, LAYOUTS, ONE_RANK, Layout, gradients_of, make_engine
 from tests.ranks import run_ranks
 from tests.tiny import TinyModels, as_saved, load_reference
@@ -65,7 +67,7 @@ def recorded(path: str) -> dict[int, Tensor]:
 
 
 def _reference_logprobs(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    log_p = model(ids[None]).logits[0, :-1].log_softmax(-1)
+    log_p = model(ids[None]).logits[0, :-1].float().log_softmax(-1)
     return torch.cat([log_p.new_zeros(1), log_p.gather(1, ids[1:, None]).squeeze(1)])
 
 
@@ -116,11 +118,13 @@ def gradients(
     return {"metrics": metrics, "gradients": gradients_of(engine)}
 
 
-def two_steps(path: str, layout: Layout, name: str, logprobs: dict[int, Tensor]) -> dict[str, Any]:
+def two_steps(
+    path: str, layout: Layout, name: str, logprobs: dict[int, Tensor], fields: dict[str, Any]
+) -> dict[str, Any]:
     """Two clipped AdamW steps with the sharded optimizer."""
     # AdamW divides a gradient of nearly 0 by itself: with its usual epsilon one element's rounding moves a weight
     # by the whole learning rate. 1e-3 keeps the comparison about the algorithm.
-    engine = make_engine(path, layout, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-3)
+    engine = make_engine(path, layout, weight_decay=0.1, max_grad_norm=0.5, adam_epsilon=1e-3, **fields)
     dp = engine.groups.dp
     batches = [microbatch(ids, logprobs, engine.groups) for ids in MICROBATCHES[dp.rank :: dp.size]]
     norms = [
@@ -160,8 +164,8 @@ def reference_loss(model: torch.nn.Module, name: str, logprobs: dict[int, Tensor
 
 
 @cache
-def reference_gradients(path: str, name: str) -> tuple[float, dict[str, Tensor]]:
-    model = load_reference(path)
+def reference_gradients(path: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, Tensor]]:
+    model = load_reference(path).to(dtype)
     loss = reference_loss(model, name, recorded(path))
     loss.backward()
     return float(loss), as_saved(model, lambda parameter: parameter.grad)
@@ -211,6 +215,24 @@ def test_every_gradient_of_families_with_parts_of_their_own(
     check_gradients(tiny_models[family], layout, "dapo")
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "glm4"])
+@pytest.mark.parametrize("layout", [ONE_RANK, Layout(tp=2, sp=True), Layout(pp=2)], ids=str)
+def test_bf16_gradients_are_as_near_to_fp32s_as_transformers_own(
+    tiny_models: TinyModels, layout: Layout, family: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path)  # of weights that bf16 holds: what differs is arithmetic
+    AutoModelForCausalLM.from_pretrained(tiny_models[family], dtype=torch.bfloat16).save_pretrained(path)
+    _, exact = reference_gradients(path, "sft")
+    _, theirs = reference_gradients(path, "sft", torch.bfloat16)
+    for rank in run_ranks(layout.world, gradients, path, layout, "sft", recorded(path), {"bf16": True}):
+        assert 0 < relative(whole(rank["gradients"]), whole(exact)) < 1.25 * relative(whole(theirs), whole(exact))
+
+
+def whole(gradients: dict[str, Tensor]) -> Tensor:
+    """All tensors as one."""
+    return torch.cat([gradients[name].float().flatten() for name in sorted(gradients)])
+
+
 @pytest.mark.parametrize("granularity", ["selective", "full"])
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_norms_behind_the_parts_windows_caps_and_sinks_are_recomputed(
@@ -243,9 +265,9 @@ def test_two_clipped_steps_equal_torch_adamw(tiny_models: TinyModels, layout: La
     check_two_steps(tiny_models[family], layout)
 
 
-def check_two_steps(path: str, layout: Layout) -> None:
+def check_two_steps(path: str, layout: Layout, **fields: Any) -> None:
     wanted = reference_steps(path, "dapo")
-    for rank in run_ranks(layout.world, two_steps, path, layout, "dapo", recorded(path)):
+    for rank in run_ranks(layout.world, two_steps, path, layout, "dapo", recorded(path), fields):
         assert rank["norms"] == pytest.approx(wanted["norms"], rel=1e-4)
         difference, key = worst(rank["weights"], wanted["weights"])
         assert difference < 1e-4, (key, difference)
