@@ -30,10 +30,11 @@ from megalign.parallel.groups import end_distributed, initialize
 from megalign.parallel.reduce import CountFn, reduce_counts
 from megalign.train_engine import StepResult, TrainEngine
 from megalign.trainers import arguments
+from megalign.trainers.accelerator import Accelerator
 from megalign.trainers.keeping import Keeper
 from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.rows import EVALUATION, TRAIN, Rows
-from megalign.trainers.run import Accelerator, Run
+from megalign.trainers.run import Run
 from megalign.trainers.schedule import LearningRate, plan_steps
 
 # What of the rows a resumed run must share with the run that it goes on with; a leaf has more.

@@ -74,7 +74,8 @@ class DPOTrainer(PreferenceTrainer):
 
     def _with_aot_targets(self, batches: list[Batch], kinds: Sequence[str]) -> list[Batch]:
         """Sorting couples the pairs of the whole step: a pass without gradient says who stands where."""
-        logprobs = [output["logprobs"].cpu() for output in self.policy.forward(batches)]
+        with self.run.phases("logprob"):
+            logprobs = [output["logprobs"].cpu() for output in self.policy.forward(batches)]
         logps, first = self._of_all_pairs(logprobs, batches)
         ref_logps, _ = self._of_all_pairs([_reference(batch) for batch in batches], batches)
         sizes = [batch.num_sequences for batch in batches]
@@ -87,7 +88,7 @@ class DPOTrainer(PreferenceTrainer):
         return batches
 
     def _of_all_pairs(self, columns: Sequence[Tensor], batches: Sequence[Batch]) -> tuple[Tensor, int]:
-        """[S] of the whole step, and where this rank's part of it begins."""
+        """[S] float64 of the whole step, and where this rank's part of it begins."""
         mine = [
             sequence_logprobs(column, batch, ld_alpha=self.args.ld_alpha)
             for column, batch in zip(columns, batches, strict=True)

@@ -78,7 +78,8 @@ class GRPOTrainer(GroupTrainer):
         """Which tokens are among the most uncertain of the step, as the present policy sees them."""
         if self.args.top_entropy_quantile >= 1.0:
             return minibatch
-        outputs = self.policy.forward(minibatch.batches, ("entropy",))
+        with self.run.phases("logprob"):
+            outputs = self.policy.forward(minibatch.batches, ("entropy",))
         entropies = [output["entropy"].cpu() for output in outputs]
         masks = [batch["loss_mask"] for batch in minibatch.batches]
         mine = torch.cat([entropy[mask] for entropy, mask in zip(entropies, masks, strict=True)])

@@ -101,7 +101,8 @@ class KTOTrainer(PreferenceTrainer):
         micro_batch = self.args.per_device_train_batch_size
         share = packed_share(rows, sequences_of, self.groups, micro_batch=micro_batch)
         batches = self.with_reference([batch for _, batch in share.microbatches])
-        outputs = self.policy.forward(batches)
+        with self.run.phases("logprob"):
+            outputs = self.policy.forward(batches)
         ratios = [
             batch.per_sequence_sum(output["logprobs"].cpu() - batch["ref_logprobs"])
             for output, batch in zip(outputs, batches, strict=True)

@@ -152,7 +152,8 @@ class PPOTrainer(OnlineTrainer):
                 "instead of None"
             )
         maker = self.experience
-        minibatches = maker.with_token_column(minibatches, "values", self.critic, "values")
+        with self.run.phases("critic"):
+            minibatches = maker.with_token_column(minibatches, "values", self.critic, "values")
         minibatches = maker.with_sequence_column(minibatches, "scores", scores)
         batches = [batch for minibatch in minibatches for batch in minibatch.batches]
         token_kl = [_on_loss_tokens(KL_ESTIMATORS[args.kl_estimator], batch) for batch in batches]

@@ -28,6 +28,12 @@ class MetricsWindow:
         for name, value in metrics.items():
             self.means.setdefault(name, []).append(float(value))
 
+    def add_parts(self, parts: Mapping[str, float], *, whole: str) -> None:
+        """Notes what adds up to `whole`, which is among them: a part that is new took nothing in earlier steps."""
+        for name in parts:
+            self.means.setdefault(name, [0.0] * len(self.means.get(whole, ())))
+        self.add(parts)
+
     def set(self, **metrics: float) -> None:
         """Notes values of which only the last one counts."""
         self.latest.update(metrics)

@@ -10,8 +10,8 @@ from typing import Any
 
 from megalign import device
 from megalign.callbacks import CallbackArguments, TrainerControl, TrainerState, make_handler
-from megalign.parallel.control import any_rank, barrier
-from megalign.parallel.groups import Axis, ParallelGroups
+from megalign.parallel.control import any_rank
+from megalign.parallel.groups import ParallelGroups
 from megalign.train_engine import StepResult
 from megalign.trainers.phases import Phases
 from megalign.trainers.reporting import MetricsFile, MetricsWindow
@@ -21,24 +21,6 @@ from megalign.trainers.stopping import CAUSES, Stopping
 
 _DECISIONS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 _FIRST_IN_LINE = ("loss", "grad_norm", "learning_rate")
-
-
-class Accelerator:
-    """What training scripts ask of accelerate's Accelerator, for the ranks of the job."""
-
-    def __init__(self, world: Axis) -> None:
-        self._world = world
-        self.process_index, self.num_processes = world.rank, world.size
-        self.is_main_process = world.rank == 0
-
-    def print(self, *values: Any, **options: Any) -> None:
-        """print, once in the job."""
-        if self.is_main_process:
-            print(*values, **options)
-
-    def wait_for_everyone(self) -> None:
-        """Returns when every rank has come here."""
-        barrier(self._world)
 
 
 class Run:
@@ -78,9 +60,10 @@ class Run:
         self.state = TrainerState(train_batch_size=self.arguments.train_batch_size, **self._process_flags)
         self.control = TrainerControl()
         self.window = MetricsWindow()
+        self.phases = Phases()
         self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
         self.logged_step = self.logged_tokens = 0
-        self._flops = 0.0
+        self._flops, self._pipeline_wait_s = 0.0, None
         self.loss_total = 0.0
         self.skips = Skips(self._max_skipped_steps, self.note)
         self._apply(plan)
@@ -142,8 +125,7 @@ class Run:
         self.skips.count(result, self.state.global_step + 1)
         self.window.add({"loss": result.loss, **result.metrics})
         self.window.set(grad_norm=result.grad_norm, learning_rate=learning_rate)
-        if result.pipeline_wait_s is not None:
-            self.window.add({"perf/pipeline_wait_s": result.pipeline_wait_s})
+        self._pipeline_wait_s = result.pipeline_wait_s
         if self.skips.total:
             self.window.set(skipped_steps=self.skips.total)
         # A line shows a loss that was not finite; the mean of the whole run is of the others.
@@ -156,13 +138,15 @@ class Run:
     def note_time(self) -> None:
         """Where the step's time went, and how fast the update was, into the window."""
         spent = self.phases.end_step()
+        if self._pipeline_wait_s is not None:
+            spent["perf/pipeline_wait_s"] = self._pipeline_wait_s
+        self.window.add_parts(spent, whole="step_time")
         if self._flops:
             rate = self._flops / spent["perf/update_s"]
-            spent["perf/tflops"] = rate / 1e12
+            self.window.add({"perf/tflops": rate / 1e12})
             if self._peak_flops is not None:
-                spent["perf/mfu"] = rate / self._peak_flops
-        self.window.add(spent)
-        self._flops = 0.0
+                self.window.add({"perf/mfu": rate / self._peak_flops})
+        self._flops, self._pipeline_wait_s = 0.0, None
 
     def count_tokens(self, count: int) -> None:
         """Tokens of the whole job, prompts included, into `num_tokens`."""

@@ -98,6 +98,7 @@ def check_layout(
         assert len(found["lines"]) == len(wanted["lines"]) == 2
         for line, other in zip(found["lines"], wanted["lines"], strict=True):
             check_line(line, other)
+            check_times(line, kind, layout)
         for engine, gradients in wanted["gradients"].items():
             assert sorted(found["gradients"][engine]) == sorted(gradients)
             for key, gradient in gradients.items():
@@ -116,6 +117,18 @@ def test_a_dense_reward_model_stands_beside_a_policy_with_experts(
     for found in run_ranks(layout.world, run, kind, mixed, layout, str(tmp_path / "many"), scaled(options, layout)):
         for line, other in zip(found["lines"], one["lines"], strict=True):
             check_line(line, other)
+
+
+def check_times(line: dict[str, Any], kind: str, layout: Layout) -> None:
+    """A step's phases add up to it, and passes of the policy or the critic before the update are not data or other."""
+    beside = ("perf/pipeline_wait_s", "perf/between_steps_s")
+    parts = {name: value for name, value in line.items() if name.startswith("perf/") and name.endswith("_s")}
+    phases = {name: value for name, value in parts.items() if name not in ("perf/tokens_per_s", *beside)}
+    phases = {name: value for name, value in phases.items() if not name.endswith("_per_s")}
+    assert sum(phases.values()) == pytest.approx(line["step_time"], rel=1e-6)
+    assert (beside[0] in line) == (layout.pp > 1)
+    assert 0 <= line.get(beside[0], 0.0) <= line["perf/update_s"]
+    assert ("perf/critic_s" in line) == (kind == "PPO")
 
 
 def check_line(found: dict[str, Any], wanted: dict[str, Any]) -> None:
