@@ -55,8 +55,7 @@ def dpo_loss(
     """
     logps = sequence_logprobs(outputs["logprobs"], batch, ld_alpha=ld_alpha)
     reference = token_column(batch, "ref_logprobs", outputs["logprobs"])
-    # Summed token by token: of a long answer each logprob is thousands, which fp32 keeps to a ten-thousandth only.
-    logratios = sequence_logprobs(outputs["logprobs"] - reference, batch, ld_alpha=ld_alpha)
+    logratios = logps - sequence_logprobs(reference, batch, ld_alpha=ld_alpha)
     pairs = PairTerms(
         beta=beta,
         label_smoothing=label_smoothing,
@@ -75,19 +74,21 @@ def dpo_loss(
         assert not {"aot", "aot_unpaired"} & set(loss_types), "WPO weighs pairs, and AOT takes them apart"
         losses = losses * wpo_weights(outputs, batch)
     metrics = reward_metrics(pairs.rewards, counts) | logps_metrics(pairs.logps, counts)
-    return losses.sum() / num_pairs(counts), metrics | _token_metrics(outputs, batch, counts)
+    loss = (losses.sum() / num_pairs(counts)).to(outputs["logprobs"].dtype)
+    return loss, metrics | _token_metrics(outputs, batch, counts)
 
 
 def sequence_logprobs(logprobs: Tensor, batch: Batch, *, ld_alpha: float | None) -> Tensor:
-    """[T] -> [S], the log probability of each completion; differentiable.
+    """[T] -> [S] float64, the log probability of each completion; differentiable.
 
+    Of a long answer it is thousands, of which fp32 keeps ten-thousandths, and losses are of differences below 1.
     With `ld_alpha` the tokens past the length of the pair's shorter completion count ld_alpha (LD-DPO, arXiv
     2409.06411).
     """
     logprobs = masked(logprobs, batch["loss_mask"])
     if ld_alpha is not None:
         logprobs = torch.where(_in_shared_length(batch), logprobs, ld_alpha * logprobs)
-    return batch.per_sequence_sum(logprobs)
+    return batch.per_sequence_sum(logprobs.double())
 
 
 def _in_shared_length(batch: Batch) -> Tensor:

@@ -201,9 +201,15 @@ def test_long_answers_keep_their_digits_in_fp32() -> None:
         num_sequences=len(lengths),
         token_columns={"loss_mask": torch.ones(sum(lengths), dtype=torch.bool)},
     )
-    margins = {}
+    found = {}
     for dtype in (torch.float64, torch.float32):
+        policy = exact.float().to(dtype)
         here = batch.with_token_columns(ref_logprobs=reference.float().to(dtype))
-        _, metrics = dpo_loss({"logprobs": exact.float().to(dtype)}, here, counts_of([here], DPO_COUNTS), **BASE)
-        margins[dtype] = added([metrics])["rewards/margins"]
-    assert margins[torch.float32] == pytest.approx(margins[torch.float64], rel=1e-6)
+        sums = [sequence_logprobs(column, here, ld_alpha=None) for column in (policy, here["ref_logprobs"])]
+        here = here.with_sequence_columns(**{f"{name}_target": aot_targets(*sums, name) for name in AOT})
+        losses = []
+        for name in ("sigmoid", *AOT):
+            loss, metrics = dpo_loss({"logprobs": policy}, here, counts_of([here], DPO_COUNTS), **options(name))
+            losses.append(float(loss))
+        found[dtype] = [added([metrics])["rewards/margins"], *losses]
+    assert found[torch.float32] == pytest.approx(found[torch.float64], rel=3e-7)
