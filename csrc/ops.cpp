@@ -1,5 +1,5 @@
-// torch.ops.megalign.*: checks what it is given, and sends it to the kernels of its device. Loading the library registers
-// the operators; megalign/ops.py is the only one to do so.
+// torch.ops.megalign.vocab_*: checks what they are given, and sends it to the kernels of its device. Loading the library
+// registers these and the other files' operators; megalign/ops.py is the only one to do so.
 #include "vocab_logprob.h"
 
 #include <ATen/core/Tensor.h>

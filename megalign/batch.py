@@ -87,7 +87,8 @@ class Batch:
     def sequence_ids(self) -> Tensor:
         """[T] index of the sequence a token belongs to; the dummy tail has index S."""
         lengths = self.cu_seqlens.diff().long()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        return torch.repeat_interleave(numbers, lengths, output_size=self.num_tokens)  # which a GPU would be asked for
 
     @property
     def is_padding(self) -> Tensor:

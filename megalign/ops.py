@@ -37,7 +37,7 @@ def vocab_statistics(
     An entry is (logit + bias), capped as softcap * tanh(entry / softcap), over the row's temperature. A tensor rank
     without a real column has -inf, and zeros.
     """
-    if is_compiled(logits):
+    if has_kernel(logits):
         given = _columns(temperature, bias)
         return torch.ops.megalign.vocab_statistics(
             logits, labels.contiguous(), *given, softcap or 0.0, num_real, all_of_them
@@ -72,7 +72,7 @@ def vocab_gradient_(
     times the cap's slope 1 - (capped / softcap)^2.
     """
     given = {"num_real": num_real, "temperature": temperature, "bias": bias, "softcap": softcap}
-    if not is_compiled(logits):
+    if not has_kernel(logits):
         gradient = vocab_gradient_in_torch(
             logits,
             labels,
@@ -93,16 +93,17 @@ def vocab_gradient_(
 def rms_norm(hidden: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False) -> Tensor:
     """normed * weight, normed = hidden / sqrt(mean(hidden^2) + eps) of the last dimension; zero-centred 1 + weight.
 
-    The mean is fp32. Normed is rounded to hidden's dtype before the weight, but zero-centred once, at the end.
+    The mean is fp32. Normed is rounded to hidden's dtype before the weight, but zero-centred, and in a compiled pass,
+    once, at the end.
     """
-    if hidden.device.type == "cpu" and is_compiled(hidden) and weight.dtype is hidden.dtype:
+    if hidden.device.type == "cpu" and has_kernel(hidden) and weight.dtype is hidden.dtype:
         return _RmsNorm.apply(hidden, weight, eps, zero_centered)
     return rms_norm_in_torch(hidden, weight, eps=eps, zero_centered=zero_centered)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu of the last dimension's first half, rounded to its dtype, times the second."""
-    if gate_up.device.type == "cpu" and is_compiled(gate_up):
+    if gate_up.device.type == "cpu" and has_kernel(gate_up):
         return _SwiGlu.apply(gate_up)
     return swiglu_in_torch(gate_up)
 
@@ -209,11 +210,18 @@ def vocab_gradient_in_torch(
     return gradient
 
 
-def is_compiled(tensor: Tensor) -> bool:
+def has_kernel(tensor: Tensor) -> bool:
     """Whether the extension has kernels for such a tensor."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.device.type not in ("cpu", "cuda"):
-        return False
-    return LOADED and (tensor.device.type == "cpu" or torch.ops.megalign.has_cuda())
+    return tensor.dtype in (torch.float32, torch.bfloat16) and why_torch(tensor.device) is None
+
+
+def why_torch(device: torch.device) -> str | None:
+    """Why torch computes there what csrc/ could; None where csrc/ does."""
+    if not LOADED:
+        return WHY_NOT
+    if device.type == "cuda" and not torch.ops.megalign.has_cuda():
+        return f"built without CUDA kernels, as nvcc was not there; {_BUILD} builds them where it is"
+    return None if device.type in ("cpu", "cuda") else f"it has no kernels for {device.type}"
 
 
 def multiply_bf16_in_fp32() -> bool:

@@ -150,16 +150,17 @@ class TrainEngine:
 
     @property
     def made_of(self) -> str:
-        """Which of NVIDIA's libraries it uses, and why not others, in a line for whoever started the run."""
+        """What computes here, and why nothing faster does, in a line for whoever started the run."""
         config = self._models[0].config
         layers = extensions.layers_name(
             config.transformer_impl, self._args.transformer_impl, not_in_transformer_engine(self.architecture)
         )
         parts = [f"layers: {layers}", f"optimizer: {extensions.optimizer_name()}"]
-        if config.gradient_accumulation_fusion and device.on_cuda():
-            parts.append("weight gradients are added inside the matrix products")
-        if not ops.LOADED:
-            parts.append(f"kernels: torch's (csrc/: {ops.WHY_NOT})")
+        if device.on_cuda() and config.bf16 and self._args.torch_compile:
+            parts.append("plain passes between matrix products: compiled")
+        why = ops.why_torch(device.device())
+        if why is not None:
+            parts.append(f"kernels: torch's (csrc/: {why})")
         if self._args.share_prefixes and self._not_shared is not None:
             parts.append(f"prefixes: each sequence computes its own (not shared with {self._not_shared})")
         return "; ".join(parts)
@@ -240,6 +241,7 @@ class TrainEngine:
         if self._sleeps and not self._offload.asleep:
             self._weights()
             self._offload.sleep(self._resident_tensors())
+            _prefixes_on.cache_clear()
 
     def wake(self, *_: str) -> None:
         """They come back bitwise. The tags that a rollout engine knows mean nothing here."""
@@ -277,7 +279,9 @@ class TrainEngine:
     def _placed(self, batches: list[Batch]) -> list[Batch]:
         """The batches on the device. With tensor ranks, an id past the vocabulary would silently read zeros."""
         size = self.architecture.vocab_size
-        for batch in batches:
+        for batch in batches:  # on the host: a device would be waited for
+            predicted = batch["loss_mask"][batch.cu_seqlens[:-1].long()]
+            assert not predicted.any(), "a sequence's first token has no prediction"
             largest = int(batch.tokens.max())
             if largest >= size:
                 raise UserError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +50,7 @@ def case(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Te
 def check_statistics(name: str, dtype: torch.dtype, device: str = "cpu") -> None:
     """Both ways of making them."""
     logits, labels, how = case(name, dtype, device)
-    assert ops.is_compiled(logits)
+    assert ops.has_kernel(logits)
     for all_of_them in (False, True):
         found = ops.vocab_statistics(logits, labels, all_of_them=all_of_them, **how)
         wanted = ops.vocab_statistics_in_torch(logits, labels, all_of_them=all_of_them, **how)
@@ -206,6 +208,33 @@ def test_a_product_is_added_without_rounding_it_first(dtype: torch.dtype, monkey
     total = before.clone()
     assert ops.add_product_(total, left, right) is total
     torch.testing.assert_close(total.double(), before.double() + left.double() @ right.double(), rtol=0, atol=1e-5)
+
+
+def test_a_processor_with_bf16_instructions_adds_its_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_widens", False)
+    left, right = (
+        torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16() for size in ((9, 50), (50, 7))
+    )
+    total = torch.ones(9, 7)
+    ops.add_product_(total, left, right)
+    torch.testing.assert_close(total - 1, (left @ right).float(), rtol=0, atol=1e-6)
+
+
+def test_where_torch_computes_instead_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cuda = torch.device("cuda")
+    assert ops.why_torch(torch.device("cpu")) is None
+    assert "no kernels for meta" in ops.why_torch(torch.device("meta"))
+    assert not ops.has_kernel(torch.zeros(2, dtype=torch.float64))
+    if not torch.ops.megalign.has_cuda():
+        assert "built without CUDA kernels, as nvcc was not there" in ops.why_torch(cuda)
+    monkeypatch.setattr(ops, "LOADED", False)
+    assert ops.why_torch(cuda) == ops.WHY_NOT and not ops.has_kernel(torch.zeros(2))
+
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    assert ops._load() == (False, f"not built; {ops._BUILD} builds it where there is a C++ compiler")
+    (tmp_path / f"_ops{EXTENSION_SUFFIXES[0]}").write_bytes(b"of another machine")
+    loaded, why = ops._load()
+    assert not loaded and "does not load" in why and ops._BUILD in why
 
 
 # Rows of one number, less than a vector, SmolLM2's, and more than one block; 70 rows are three parts of the weight's

@@ -18,10 +18,10 @@ def has_transformer_engine() -> bool:
 
 
 def optimizer_name() -> str:
-    """Which AdamW Megatron found, and why not a fused one."""
+    """Which AdamW steps: NVIDIA's where Megatron found one."""
     package = megatron_optimizer.Adam.__module__.partition(".")[0]
     names = {"transformer_engine": "Transformer Engine's fused Adam", "apex": "Apex's fused Adam"}
-    return names.get(package, "torch AdamW (NVIDIA Apex is not installed)")
+    return names.get(package, "torch's fused AdamW (NVIDIA Apex is not installed)")
 
 
 def layers_name(implementation: str, asked_for: str, lacks: Sequence[str] = ()) -> str:

@@ -33,7 +33,6 @@ def language_model_columns(
     The head runs only where the loss mask is set: the hidden state before a token predicts it.
     """
     mask = batch["loss_mask"]
-    assert not mask[batch.cu_seqlens[:-1].long()].any(), "a sequence's first token has no prediction"
     if model.config.sequence_parallel:
         # The scores' gradient is already whole on every tensor rank, so each takes its part of it.
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)

@@ -12,7 +12,7 @@ import torch
 from megatron.core import optimizer as megatron_optimizer
 from torch import nn
 
-from megalign import device
+from megalign import compiled, device
 from megalign.batch import Batch
 from megalign.config import SFTConfig
 from megalign.conversion.architecture import Architecture, MixtureOfExperts
@@ -62,7 +62,7 @@ def test_the_names_say_why_nothing_faster_is_used(monkeypatch) -> None:
     assert extensions.layers_name("local", "auto") == "plain torch (Transformer Engine is not installed)"
     assert extensions.layers_name("local", "local") == "plain torch (transformer_impl='local')"
     assert extensions.layers_name("transformer_engine", "auto") == "Transformer Engine"
-    assert extensions.optimizer_name() == "torch AdamW (NVIDIA Apex is not installed)"
+    assert extensions.optimizer_name() == "torch's fused AdamW (NVIDIA Apex is not installed)"
     monkeypatch.setattr(megatron_optimizer, "Adam", type("FusedAdam", (), {"__module__": "apex.optimizers.fused_adam"}))
     assert extensions.optimizer_name() == "Apex's fused Adam"
     monkeypatch.setattr(extensions.transformer_engine, "HAVE_TE", True)
@@ -77,6 +77,14 @@ def test_the_names_say_why_nothing_faster_is_used(monkeypatch) -> None:
     assert extensions.layers_name("local", "local", lacks) == "plain torch (transformer_impl='local')"
 
 
+def compiles(path: str) -> list[bool]:
+    return [(make_engine(path, ONE_RANK, torch_compile=wanted), compiled.wanted())[1] for wanted in (False, True)]
+
+
+def test_an_engine_compiles_its_passes_where_the_config_says_so(tmp_path: Path) -> None:
+    assert run_ranks(1, compiles, save_tiny_model("llama", tmp_path)) == [[False, True]]
+
+
 def described(path: str) -> tuple[str, list[str], int]:
     engine = make_engine(path, ONE_RANK)
     states = engine._models[0].sharded_state_dict()
@@ -89,7 +97,7 @@ def test_checkpoints_have_transformer_engines_names(tmp_path: Path) -> None:
     ((line, keys, fused),) = run_ranks(1, described, save_tiny_model("qwen3", tmp_path, tie_word_embeddings=False))
     assert line == (
         "layers: plain torch (Transformer Engine is not installed); "
-        "optimizer: torch AdamW (NVIDIA Apex is not installed)"
+        "optimizer: torch's fused AdamW (NVIDIA Apex is not installed)"
     )
     layer = [
         "self_attention.linear_qkv.layer_norm_weight",

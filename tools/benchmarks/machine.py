@@ -77,7 +77,7 @@ def median_limits(limits: Sequence[Limits]) -> Limits:
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """Processor, threads, whether csrc/ was built, and the versions of what was compared."""
+    """Processor, threads, whether csrc/ computes, and the versions of what was compared."""
     if device.on_cuda():
         name = torch.cuda.get_device_name()
     else:
@@ -87,7 +87,7 @@ def describe(threads: int) -> dict[str, Any]:
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"name": name, "threads": threads, "extension": ops.LOADED, "versions": versions}
+    return {"name": name, "threads": threads, "extension": ops.why_torch(device.device()) is None, "versions": versions}
 
 
 def status_bytes(pid: int | str, field: str) -> int:
