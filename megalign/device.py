@@ -58,8 +58,14 @@ def peak_flops() -> float | None:
     """What a data sheet promises of bf16 products a second; None for a CPU and for GPUs that are not in the list."""
     if not on_cuda():
         return None
-    name = torch.cuda.get_device_name()
-    return next((1e12 * tflops for part, tflops in _PEAKS.items() if part in name and "PCIe" not in name), None)
+    return promised_flops(torch.cuda.get_device_name())
+
+
+def promised_flops(name: str) -> float | None:
+    """The same of a GPU of that name; None of cards (PCIe, NVL), which have other sheets."""
+    if {"PCIE", "NVL"} & {*name.upper().replace("-", " ").split()}:
+        return None
+    return next((1e12 * tflops for part, tflops in _PEAKS.items() if part in name), None)
 
 
 def begin_peak() -> None:

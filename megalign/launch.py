@@ -27,7 +27,11 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         if not environ.get(name, "").isdigit():
             raise UserError(f"{name}={environ.get(name)!r} must be a whole number; start the job with torchrun or srun")
-    return int(environ["WORLD_SIZE"])
+    world = int(environ["WORLD_SIZE"])
+    if world > 1:
+        # Megatron hides communication behind a product that was queued after it: with one queue it starts first.
+        environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    return world
 
 
 def _in_slurm_step(environ: MutableMapping[str, str]) -> bool:

@@ -57,13 +57,14 @@ second_lane() {
 both_lanes() {
     # Side by side: many tests keep one core only, and all those of ALONE do. The second's words come last.
     local failed=0
-    if [[ $# -gt 0 ]]; then first=("$@"); else first=("${ALONE[@]/#/--ignore=}"); fi
+    local tests=("$@")
+    [[ $# -gt 0 ]] || tests=("${ALONE[@]/#/--ignore=}")
     words=$(mktemp)
     trap 'rm -f "$words"' EXIT
     set -m # a lane is a process group, which a signal ends as a whole
     second_lane "$@" < /dev/null > "$words" 2>&1 &
     second=$!
-    run "${first[@]}" < /dev/null &
+    run "${tests[@]}" < /dev/null &
     first=$!
     trap 'stop INT 130' INT
     trap 'stop TERM 143' TERM

@@ -190,6 +190,12 @@ def test_help_has_a_line_with_a_doc_for_every_field(command):
     assert f"  {command:8}{COMMANDS[command].summary}" in top_level_help().splitlines()
 
 
+def test_help_says_whether_one_of_the_choices_is_taken_or_several():
+    taken = {line.split()[0]: line for line in command_help("sft").splitlines() if line.startswith("  --")}
+    assert "<{full,selective}> [None]" in taken["--recompute_granularity"]
+    assert "<a list of {core_attn,layernorm," in taken["--recompute_modules"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_finds_its_trainer_whose_config_is_its_own(command):
     module, name = COMMANDS[command].trainer.split(":")

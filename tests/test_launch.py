@@ -41,6 +41,7 @@ def test_a_slurm_step_becomes_a_job():
     environ = dict(STEP)
     assert prepare_environment(environ) == 8
     assert (environ["RANK"], environ["LOCAL_RANK"], environ["WORLD_SIZE"]) == ("5", "1", "8")
+    assert environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert environ["MASTER_ADDR"] == "gpu07"
     assert 1024 < int(environ["MASTER_PORT"]) < 32768
     other = dict(STEP, SLURM_PROCID="0", SLURM_LOCALID="0")

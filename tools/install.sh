@@ -62,15 +62,19 @@ if ! is_current "$platform" "$pins" setup.py csrc/*; then
     wait "$other" || status=1
     [[ $status == 0 ]] || fail "installing $pins failed: pip's own message is above"
     # compat: a path, so that a directory named megalign beside a user's script does not hide the package.
-    install --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e .
+    install --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e . ||
+        fail "installing megalign itself failed: pip's own message is above"
     compgen -G 'megalign/_ops*.so' > /dev/null ||
         echo "megalign: csrc/ was not built (are there a C++ compiler and Python.h?): torch computes the same, more slowly" >&2
     # Also writes the bytecode of the slowest imports, even where the environment turns that off.
     imports='import torch, transformers, vllm'
-    [[ $platform == cpu ]] || imports+='; assert torch.version.cuda, "torch is a build for CPUs"'
+    advice='; let pip find CPU wheels of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)'
+    if [[ $platform == cuda ]]; then
+        imports+='; assert torch.version.cuda, "torch is a build for CPUs"'
+        advice=
+    fi
     PYTHONDONTWRITEBYTECODE='' .venv/bin/python -c "$imports" 2> "$halves/import" ||
-        fail "what was installed does not import: $(tail -n 1 "$halves/import");" \
-            "for cpu, let pip find CPU wheels of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)"
+        fail "what was installed does not import: $(tail -n 1 "$halves/import")$advice"
     checksum "$pins" setup.py csrc/* > ".venv/.$platform"
 fi
 

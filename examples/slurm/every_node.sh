@@ -5,8 +5,6 @@
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 port=$((20000 + SLURM_JOB_ID % 12000))
 
-# Megatron relies on kernels starting in the order in which they were queued.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 srun --kill-on-bad-exit=1 bash examples/slurm/one_node.sh \

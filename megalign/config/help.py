@@ -37,7 +37,9 @@ def field_lines(classes: Sequence[type]) -> list[str]:
 
 def _field_line(spec: Field, annotation: Any, text: str) -> str:
     legal = ",".join(str(choice) for choice in spec.metadata.get("choices", ()))
-    takes = "{" + legal + "}" if legal else asked_for(annotation)
+    takes = asked_for(annotation)
+    if legal:
+        takes = ("a list of " if takes.startswith("a list") else "") + "{" + legal + "}"
     required = spec.default is MISSING and spec.default_factory is MISSING
     default = "required" if required else repr(default_of(spec))
     return f"  --{spec.name} <{takes}> [{default}]  {text}"

@@ -39,8 +39,8 @@ class ParallelConfig(Config):
     with it every rank would hold a full copy, which is what large models cannot afford. The numbers are the
     same."""
     overlap_grad_reduce: bool | None = None
-    """Reduce gradients over the data-parallel ranks while the backward pass goes on. Not given: on GPUs; a CPU's ranks
-    have no second engine that could do it."""
+    """Reduce gradients over the data-parallel ranks, if there are several, while the backward pass goes on. Not given:
+    on GPUs; a CPU's ranks have no second engine that could do it."""
     overlap_param_gather: bool | None = None
     """Gather updated weights while the next forward pass goes on; needs use_distributed_optimizer and
     overlap_grad_reduce. Not given: where both are on."""

@@ -88,7 +88,7 @@ def packed_share(
     `sequences_of` gives the sequences of some of the rows, a row's own as neighbours. A rank without rows has one
     dummy microbatch, since every rank has to take part in the step.
     """
-    waiting = None
+    unevenness = None
     if budget is None:
         parts = shard(rows, dp_rank=groups.dp.rank, dp_size=groups.dp.size, micro_batch=micro_batch)
     else:
@@ -100,10 +100,10 @@ def packed_share(
         budget = replace(budget, tokens=whole)
         units = _units(rows, sequences_of, budget, groups.sequence_multiple)
         dealt = balanced(units, groups.dp.size, budget)
-        waiting = imbalance(units, dealt)
+        unevenness = imbalance(units, dealt)
         parts = [[rows[number] for number in part] for part in dealt[groups.dp.rank]]
     sizes = {"multiple": groups.token_multiple, "sequence_multiple": groups.sequence_multiple}
-    return Share([(part, pack(sequences_of(part), **sizes)) for part in parts], waiting)
+    return Share([(part, pack(sequences_of(part), **sizes)) for part in parts], unevenness)
 
 
 def _units(

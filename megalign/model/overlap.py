@@ -42,8 +42,8 @@ def finish_gather(chunks: Iterable[nn.Module]) -> None:
     """Every parameter is what the last optimizer step made; nothing where it is already. Collective over dp."""
     with megatron_calls():
         for chunk in chunks:
-            is_gathered = isinstance(chunk, DistributedDataParallel)  # which a frozen engine's is not
-            if not (is_gathered and chunk.ddp_config.overlap_param_gather):
+            is_trained = isinstance(chunk, DistributedDataParallel)
+            if not (is_trained and chunk.ddp_config.overlap_param_gather):
                 continue
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 # A gather on its way is waited for; one that has arrived is not repeated.

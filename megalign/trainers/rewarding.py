@@ -20,6 +20,7 @@ from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import gather_rows
 from megalign.rollout.engine import awake
+from megalign.rollout.reward_functions import get_soft_overlong_punishment
 from megalign.rollout.rewards import RewardResult, RewardRunner, distinct
 from megalign.train_engine import TrainEngine
 from megalign.trainers.arguments import has_tokenizer
@@ -122,6 +123,22 @@ class Rewarding:
             for place in range(len(self.names))
         ]
         return replace(found, rewards=torch.stack(table, dim=1))
+
+
+def weighted_rewards(
+    chosen: Sequence[Any], args: Any, groups: ParallelGroups, tokenizers: Any = None
+) -> tuple[Rewarding, Tensor]:
+    """What scores completions, the penalty of overlong ones among it, and the weight of each part."""
+    chosen, weights = list(chosen), list(args.reward_weights or [1.0] * len(chosen))
+    if len(weights) != len(chosen):
+        raise UserError(f"reward_weights has {len(weights)} values for {len(chosen)} reward functions; give one each")
+    if tokenizers is not None:
+        tokenizers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+    if chosen and args.overlong_buffer_length is not None:
+        chosen.append(get_soft_overlong_punishment(args.max_completion_length, args.overlong_buffer_length))
+        weights.append(args.overlong_penalty)
+        tokenizers = None if tokenizers is None else [*tokenizers, None]
+    return Rewarding(chosen, args, groups, tokenizers), torch.tensor(weights)
 
 
 def is_model(reward: Any) -> bool:

@@ -24,6 +24,23 @@ def test_world_divides_by_the_model_parallel_size():
     assert "world size 2" in error(args, 2)
 
 
+@pytest.mark.parametrize(
+    ("on_cuda", "fields", "overlaps"),
+    [
+        (False, {}, (False, False)),
+        (True, {}, (True, True)),
+        (True, {"use_distributed_optimizer": False}, (True, False)),
+        (True, {"overlap_grad_reduce": False}, (False, False)),
+        (True, {"overlap_param_gather": False}, (True, False)),
+        (False, {"overlap_grad_reduce": True}, (True, True)),
+    ],
+)
+def test_communication_is_overlapped_on_gpus_unless_said_otherwise(on_cuda, fields, overlaps, monkeypatch):
+    monkeypatch.setattr("megalign.device.on_cuda", lambda: on_cuda)
+    args = SFTConfig(**fields)
+    assert (args.overlaps_grad_reduce, args.overlaps_param_gather) == overlaps
+
+
 def test_generation_batch_is_what_trl_says():
     args = GRPOConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=4)
     args.validate(2)

@@ -59,6 +59,7 @@ def test_every_trainer_takes_steps_in_bf16(paths: dict[str, dict[str, str]], tmp
     if kind in ONLINE:
         options["vllm_enable_sleep_mode"] = True
     (found,) = run_ranks(1, layout_runs.run, kind, paths["llama"], ONE_RANK, str(tmp_path), options)
+    assert found["lines"]
     for line in found["lines"]:
         assert all(math.isfinite(value) for name, value in line.items() if "loss" in name or "grad_norm" in name)
     assert all(torch.isfinite(tensor).all() for part in found["gradients"].values() for tensor in part.values())

@@ -19,7 +19,7 @@ from megalign.algos.supervised import sft_loss
 from megalign.batch import Batch
 from megalign.parallel import pipeline
 from megalign.parallel.groups import ParallelGroups
-from megalign.patches.p2p import known_shapes
+from megalign.parallel.p2p import known_shapes
 from megalign.waiting import Waiting
 from tests.by_hand import packed
 from tests.layouts import ONE_RANK, Layout, groups_of, make_engine
