@@ -51,7 +51,8 @@ def multiplies_bf16() -> bool:
 
 
 # TFLOP/s of a dense bf16 product, from NVIDIA's data sheets (half of those with sparsity); SXM parts.
-_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "GB200": 2500, "B200": 2250}
+_OTHER_SHEETS = {"PCIE", "NVL", "MIG", "GRID"}  # cards, and slices of a part
 
 
 def peak_flops() -> float | None:
@@ -62,8 +63,8 @@ def peak_flops() -> float | None:
 
 
 def promised_flops(name: str) -> float | None:
-    """The same of a GPU of that name; None of cards (PCIe, NVL), which have other sheets."""
-    if {"PCIE", "NVL"} & {*name.upper().replace("-", " ").split()}:
+    """The same of a GPU of that name."""
+    if _OTHER_SHEETS & {*name.upper().replace("-", " ").split()}:
         return None
     return next((1e12 * tflops for part, tflops in _PEAKS.items() if part in name), None)
 

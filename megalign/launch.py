@@ -28,10 +28,17 @@ def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
         if not environ.get(name, "").isdigit():
             raise UserError(f"{name}={environ.get(name)!r} must be a whole number; start the job with torchrun or srun")
     world = int(environ["WORLD_SIZE"])
-    if world > 1:
-        # Megatron hides communication behind a product that was queued after it: with one queue it starts first.
-        environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    keep_order(world, environ)
     return world
+
+
+def keep_order(world: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Kernels of several ranks start in the order in which they were queued, unless the user has said otherwise.
+
+    Megatron hides communication behind a product that is queued after it. A process's first use of CUDA reads this.
+    """
+    if world > 1:
+        environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def _in_slurm_step(environ: MutableMapping[str, str]) -> bool:

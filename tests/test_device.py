@@ -17,6 +17,9 @@ from megalign.device import promised_flops
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA A100-PCIE-40GB", None),
         ("NVIDIA H100 NVL", None),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("GRID A100-10C", None),
         ("NVIDIA L40S", None),
     ],
 )

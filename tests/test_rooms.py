@@ -24,16 +24,21 @@ LEVELS = rooms()
 
 
 def room_of(module: str) -> str | None:
-    """`megalign.data.rows` -> data; None of the package itself."""
-    parts = module.split(".")
-    return parts[1] if parts[0] == "megalign" and len(parts) > 1 else None
+    """`megalign.data.rows` -> data, `tools.benchmark` -> tools; None of what is not this house's."""
+    first, *rest = module.split(".")
+    if first in ("tools", "examples"):
+        return first
+    if first != "megalign":
+        return None
+    assert rest and rest[0] in LEVELS, f"{module} is no room: import it from where it is made"
+    return rest[0]
 
 
 def imported(path: Path) -> set[str]:
     """Rooms that a file imports while it runs; what only a type checker reads does not count."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             node.body = []
     names: list[str] = []
     for node in ast.walk(tree):
@@ -42,7 +47,31 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             names += [f"{node.module}.{name.name}" for name in node.names]
-    return {room for room in map(room_of, names) if room in LEVELS}
+    return {room for room in map(room_of, names) if room is not None}
+
+
+@pytest.mark.parametrize(
+    ("line", "room"),
+    [
+        ("import megalign.trainers.base as base", "trainers"),
+        ("from megalign import trainers", "trainers"),
+        ("def late():\n    from megalign.trainers.base import Trainer", "trainers"),
+        ("from tools.benchmarks import report", "tools"),
+        ("if TYPE_CHECKING:\n    import megalign.trainers", None),
+    ],
+)
+def test_an_import_is_seen(line: str, room: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text(line)
+    assert imported(file) == ({room} if room else set())
+
+
+@pytest.mark.parametrize("line", ["from megalign import DPOTrainer", "from megalign import *", "import megalign"])
+def test_a_room_imports_no_trainer_through_the_package(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text(line)
+    with pytest.raises(AssertionError, match="is no room"):
+        imported(file)
 
 
 def test_every_room_has_its_level() -> None:

@@ -50,7 +50,19 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     "$python" -m venv --clear .venv
 fi
 
-if ! is_current "$platform" "$pins" setup.py csrc/*; then
+# compat: a path, so that a directory named megalign beside a user's script does not hide the package.
+install_itself() {
+    install --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e . ||
+        fail "installing megalign itself failed: pip's own message is above"
+    is_built ||
+        echo "megalign: csrc/ was not built (are there a C++ compiler and Python.h?): torch computes the same, more slowly" >&2
+}
+
+is_built() { compgen -G 'megalign/_ops*.so' > /dev/null; }
+
+if is_current "$platform" "$pins" setup.py csrc/*; then
+    is_built || install_itself # there may be a compiler by now
+else
     echo "megalign: installing $pins"
     # Two halves at once, for two cores: with --no-deps no package's installation looks at another's.
     halves=$(mktemp -d)
@@ -61,11 +73,7 @@ if ! is_current "$platform" "$pins" setup.py csrc/*; then
     install -r "$halves/1" || status=1
     wait "$other" || status=1
     [[ $status == 0 ]] || fail "installing $pins failed: pip's own message is above"
-    # compat: a path, so that a directory named megalign beside a user's script does not hide the package.
-    install --no-build-isolation --use-pep517 --config-settings editable_mode=compat -e . ||
-        fail "installing megalign itself failed: pip's own message is above"
-    compgen -G 'megalign/_ops*.so' > /dev/null ||
-        echo "megalign: csrc/ was not built (are there a C++ compiler and Python.h?): torch computes the same, more slowly" >&2
+    install_itself
     # Also writes the bytecode of the slowest imports, even where the environment turns that off.
     imports='import torch, transformers, vllm'
     advice='; let pip find CPU wheels of torch (PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL)'

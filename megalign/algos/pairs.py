@@ -58,12 +58,13 @@ def num_pairs(counts: Counts) -> float:
 
 
 def reward_metrics(rewards: Pair, counts: Counts) -> dict[str, Metric]:
-    """TRL's rewards/*: means over pairs; a tie is not an accurate pair."""
+    """TRL's rewards/*: means over pairs; a tie, as fp32 sees it, is not an accurate pair."""
     pairs = num_pairs(counts)
+    is_accurate = rewards.chosen.float() > rewards.rejected.float()
     columns = {
         "chosen": rewards.chosen,
         "rejected": rewards.rejected,
-        "accuracies": (rewards.chosen > rewards.rejected).to(rewards.chosen.dtype),
+        "accuracies": is_accurate.to(rewards.chosen.dtype),
         "margins": rewards.delta,
     }
     return {f"rewards/{name}": sequence_mean(column, pairs) for name, column in columns.items()}

@@ -85,11 +85,6 @@ class Rewarding:
     def __init__(
         self, chosen: Sequence[Any], args: Any, groups: ParallelGroups, tokenizers: Sequence[Any] | None = None
     ) -> None:
-        if tokenizers is not None and len(tokenizers) != len(chosen):
-            raise UserError(
-                f"reward_processing_classes has {len(tokenizers)} entries for {len(chosen)} reward functions; give one "
-                "for each, None for a function"
-            )
         given = tokenizers or [None] * len(chosen)
         self.models = {
             place: RewardModel(str(what), args, groups, tokenizer)
@@ -134,6 +129,11 @@ def weighted_rewards(
         raise UserError(f"reward_weights has {len(weights)} values for {len(chosen)} reward functions; give one each")
     if tokenizers is not None:
         tokenizers = list(tokenizers) if isinstance(tokenizers, list | tuple) else [tokenizers]
+        if len(tokenizers) != len(chosen):
+            raise UserError(
+                f"reward_processing_classes has {len(tokenizers)} entries for {len(chosen)} reward functions; give one "
+                "for each, None for a function"
+            )
     if chosen and args.overlong_buffer_length is not None:
         chosen.append(get_soft_overlong_punishment(args.max_completion_length, args.overlong_buffer_length))
         weights.append(args.overlong_penalty)

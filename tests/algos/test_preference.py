@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalign.algos.dpo_losses import LOSSES
+from megalign.algos.pairs import Pair, reward_metrics
 from megalign.algos.preference import DPO_COUNTS, aot_targets, dpo_loss, sequence_logprobs
 from megalign.batch import Batch, Counts, Metric
 from tests.algos.recorded import Recorded, added, counts_of, outputs_of, recorded, silent_outputs
@@ -213,3 +214,12 @@ def test_long_answers_keep_their_digits_in_fp32() -> None:
             losses.append(float(loss))
         found[dtype] = [added([metrics])["rewards/margins"], *losses]
     assert found[torch.float32] == pytest.approx(found[torch.float64], rel=3e-7)
+
+
+def test_two_answers_that_are_the_same_are_a_tie_whatever_the_last_digit() -> None:
+    """Ranks' sums differ in what fp32 would not show; TRL's are fp32."""
+    counts = Counts(tokens=2.0, sequences=2.0)
+    equal = Pair(torch.tensor([1.0 + 1e-12], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64))
+    assert reward_metrics(equal, counts)["rewards/accuracies"].value == 0
+    better = Pair(torch.tensor([1.0 + 1e-6], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64))
+    assert reward_metrics(better, counts)["rewards/accuracies"].value == 1

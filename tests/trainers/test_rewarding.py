@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from megalign.batch import Completion
 from megalign.config import GRPOConfig
 from megalign.errors import UserError
-from megalign.trainers.rewarding import Rewarding
+from megalign.trainers.rewarding import Rewarding, weighted_rewards
 from tests.layouts import ONE_RANK, Layout, groups_of
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny_classifier
@@ -24,6 +24,18 @@ from tests.trainers.runs import metric_lines
 # No word begins like t0, t1 or t2: the tokenizer cuts its special tokens out, and transformers skips pads (t0).
 PROMPTS = ["t5 t6 ", "t7 ", "t8 t9 t80 ", "t51 ", "t52 t53 "]
 TEXTS = ["t30 t31", "t32", "t33 t34 t35 t36", "t37 t38", "t39"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_tokenizer_and_a_weight_for_each_of_the_users_rewards(count: int) -> None:
+    given = {**grpo_fields(output_dir="unused"), "max_completion_length": 6, "overlong_buffer_length": 2}
+    args, groups = GRPOConfig(**given), groups_of(ONE_RANK)
+    message = f"reward_processing_classes has {count} entries for 2 reward functions; give one for each"
+    with pytest.raises(UserError, match=message):
+        weighted_rewards([constant, lengths], args, groups, [None] * count)
+    args.reward_weights = [1.0] * count
+    with pytest.raises(UserError, match=f"reward_weights has {count} values for 2 reward functions; give one each"):
+        weighted_rewards([constant, lengths], args, groups)
 
 
 @pytest.fixture(scope="module")

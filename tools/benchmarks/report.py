@@ -47,10 +47,9 @@ def finish(report: Report, options: argparse.Namespace, console: Console) -> Non
     """Writes the JSON and the picture, where they were asked for, and shows the table."""
     limits = machine.median_limits(report.limits)
     made_on = {**machine.describe(options.threads), **limits._asdict()}
-    asked = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(options).items()}
-    entries = [{**entry, "options": asked, "machine": made_on} for entry in report.entries]
+    entries = [{**entry, "options": vars(options), "machine": made_on} for entry in report.entries]
     if options.json is not None:
-        options.json.write_text(json.dumps(entries, indent=2) + "\n")
+        options.json.write_text(json.dumps(entries, indent=2, default=str) + "\n")
     if options.plot is not None:
         plot(report, made_on["name"], options.plot)
     show(report, made_on, console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,18 +51,27 @@ def make_rows(job: str, count: int, prompt_days: int = 1) -> list[Row]:
 
 def read_rows(path: Path, job: str, count: int) -> list[Row]:
     """The first `count` rows of a .jsonl file, again from its start when it has fewer."""
-    with path.open() as file:
-        found = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
+    # Imported here: wrong flags are answered without torch.
+    from megalign.data.broken import BROKEN
+    from megalign.data.json_lines import rows_of_lines
+
+    try:
+        found = list(itertools.islice(rows_of_lines(str(path)), count))
+    except OSError as error:
+        raise UserError(f"--dataset {path} cannot be read ({error.strerror}); give a .jsonl file") from error
+    broken = [row[BROKEN] for row in found if BROKEN in row]
+    if broken:
+        raise UserError(f"--dataset {path}: {broken[0]}; mend the line or take it out")
     if not found:
         raise UserError(f"--dataset {path} has no rows; give a .jsonl file with one row a line")
     named = [_renamed(row) if "question" in row else row for row in found]
-    absent = [name for name in NEEDED[job] if name not in named[0]]
-    if absent:
-        raise UserError(
-            f"--dataset {path} has the columns {', '.join(found[0])}, and {job} needs {', '.join(NEEDED[job])}; "
-            "rename them"
-        )
     kept: Sequence[str] = NEEDED[job] or tuple(named[0])
+    for number, row in enumerate(named, start=1):
+        if any(name not in row for name in kept):
+            raise UserError(
+                f"--dataset {path}: row {number} has the columns {', '.join(row)}, and {job} needs {', '.join(kept)}; "
+                "rename or add them"
+            )
     return [{name: named[index % len(named)][name] for name in kept} for index in range(count)]
 
 

@@ -46,8 +46,20 @@ def test_rows_of_a_file_come_in_order_and_begin_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("job", "needed"), [("grpo", "prompt"), ("dpo", "prompt, chosen, rejected")])
 def test_a_file_without_the_jobs_columns_is_refused(job: str, needed: str, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(UserError, match=f"columns text, and {job} needs {needed}"):
+    with pytest.raises(UserError, match=f"row 1 has the columns text, and {job} needs {needed}"):
         read_rows(file, job, 1)
+
+
+def test_a_file_that_holds_something_else_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(UserError, match="cannot be read .No such file"):
+        read_rows(file, "sft", 3)
+    file.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c"}\n{"prompt\n')
+    assert len(read_rows(file, "sft", 1)) == 1
+    with pytest.raises(UserError, match="row 2 has the columns prompt, and sft needs prompt, completion; rename"):
+        read_rows(file, "sft", 2)
+    with pytest.raises(UserError, match="line 4 is no JSON"):
+        read_rows(file, "sft", 3)
 
 
 def test_the_reward_is_the_share_of_digits() -> None:

@@ -59,6 +59,7 @@ LOGS = {"loss": 1.0, "grad_norm": 3.0, "logps/chosen": -50.0, "logps/rejected": 
         ("sft", "float32", 0, {}, None),
         ("sft", "float32", 0, {"loss": 1.01}, "loss is 1 of megalign's step and 1.01 of TRL's"),
         ("sft", "float32", 1, {"grad_norm": 3.01}, "grad_norm is 3 of megalign's step and 3.01 of TRL's"),
+        ("sft", "float32", 0, {"loss": 1.0 + 9e-4}, None),
         ("sft", "float32", 2, {"loss": 1.01}, None),  # later steps of rounded weights drift apart
         ("sft", "float32", 0, {"loss": float("nan")}, "loss is 1 of megalign's step and nan"),
         ("sft", "bfloat16", 0, {"loss": 1.03}, "loss is 1 of megalign's step and 1.03 of TRL's"),
