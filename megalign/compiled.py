@@ -24,11 +24,6 @@ def compile_passes(wanted: bool) -> None:
     _wanted = wanted
 
 
-def wanted() -> bool:
-    """What was said last."""
-    return _wanted
-
-
 def one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of activations [tokens, ...], compiled where they are bf16 on a GPU, once for any number of tokens.
 

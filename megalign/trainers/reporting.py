@@ -22,6 +22,7 @@ class MetricsWindow:
     def __init__(self) -> None:
         self.means: dict[str, list[float]] = {}
         self.latest: dict[str, float] = {}
+        self._parts: list[str] = []  # of what adds up, all that there were
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Notes one value a name for the window's mean."""
@@ -29,10 +30,11 @@ class MetricsWindow:
             self.means.setdefault(name, []).append(float(value))
 
     def add_parts(self, parts: Mapping[str, float], *, whole: str) -> None:
-        """Notes what adds up to `whole`, which is among them: a part that is new took nothing in earlier steps."""
-        for name in parts:
-            self.means.setdefault(name, [0.0] * len(self.means.get(whole, ())))
-        self.add(parts)
+        """Notes what adds up to `whole`, which is among them: where a step is without a part, it took nothing."""
+        before = len(self.means.get(whole, ()))
+        self._parts += [name for name in parts if name not in self._parts]
+        for name in self._parts:
+            self.means.setdefault(name, [0.0] * before).append(float(parts.get(name, 0.0)))
 
     def set(self, **metrics: float) -> None:
         """Notes values of which only the last one counts."""
@@ -46,16 +48,16 @@ class MetricsWindow:
             name: _mean(values, keep_all=name == "loss") for name, values in self.means.items()
         }
         line.update(self.latest)
-        self.means, self.latest = {}, {}
+        self.means, self.latest, self._parts = {}, {}, []
         return line
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint in the middle of a window must keep."""
-        return {"means": self.means, "latest": self.latest}
+        return {"means": self.means, "latest": self.latest, "parts": self._parts}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes up a window where a checkpoint left it."""
-        self.means, self.latest = state["means"], state["latest"]
+        self.means, self.latest, self._parts = state["means"], state["latest"], state["parts"]
 
 
 class MetricsFile:

@@ -138,9 +138,8 @@ class Run:
     def note_time(self) -> None:
         """Where the step's time went, and how fast the update was, into the window."""
         spent = self.phases.end_step()
-        wait = "perf/pipeline_wait_s"
-        if self._pipeline_wait_s is not None or wait in self.window.means:  # of steps before a resume, at least
-            spent[wait] = self._pipeline_wait_s or 0.0
+        if self._pipeline_wait_s is not None:
+            spent["perf/pipeline_wait_s"] = self._pipeline_wait_s
         self.window.add_parts(spent, whole="step_time")
         if self._flops:
             rate = self._flops / spent["perf/update_s"]

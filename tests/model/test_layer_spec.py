@@ -78,7 +78,7 @@ def test_the_names_say_why_nothing_faster_is_used(monkeypatch) -> None:
 
 
 def compiles(path: str) -> list[bool]:
-    return [(make_engine(path, ONE_RANK, torch_compile=wanted), compiled.wanted())[1] for wanted in (False, True)]
+    return [(make_engine(path, ONE_RANK, torch_compile=wanted), compiled._wanted)[1] for wanted in (False, True)]
 
 
 def test_an_engine_compiles_its_passes_where_the_config_says_so(tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ TRAINERS = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}
 # Operations a weight and token: forward and backward pass, and the reference's forward pass. Not of generation.
 OPERATIONS = {"sft": 6, "dpo": 8}
 # What both log of the same rows. In bf16 the gradient of a few rows is 4 to 7 % from its fp32 one in either engine, and
-# DPO's loss, ln 2 at first, is then of differences between sums of logprobs, which a step of 1e-6 moves less than
-# rounding does. So both are compared in fp32, before anything is timed in bf16.
+# DPO's loss, ln 2 at first, is then of differences between sums of logprobs, which bf16 weights after a step of 1e-6
+# move less than rounding does. So both are compared in fp32, before anything is timed in bf16.
 CHECKED: dict[str, dict[str, tuple[str, ...]]] = {
     "float32": {"sft": ("loss", "grad_norm"), "dpo": ("loss", "grad_norm", "logps/chosen", "logps/rejected")},
     "bfloat16": {"sft": ("loss",), "dpo": ("logps/chosen", "logps/rejected")},
