@@ -64,7 +64,7 @@ def _wait_for(key: str) -> None:
     store, pause = failure.default_store(), 0.05
     while not store.check([key]) and not failure.another_rank_reported():
         time.sleep(pause)
-        pause = min(2 * pause, 2.0)
+        pause = min(2 * pause, 0.5)  # rank 0 is in a collective by now, which has its own limit
 
 
 def _saved(dataset: Dataset, directory: Path) -> str:
