@@ -98,7 +98,7 @@ def check_layout(
         assert len(found["lines"]) == len(wanted["lines"]) == 2
         for line, other in zip(found["lines"], wanted["lines"], strict=True):
             check_line(line, other)
-            check_times(line, kind, layout)
+            check_times(line, name, layout)
         for engine, gradients in wanted["gradients"].items():
             assert sorted(found["gradients"][engine]) == sorted(gradients)
             for key, gradient in gradients.items():
@@ -119,16 +119,18 @@ def test_a_dense_reward_model_stands_beside_a_policy_with_experts(
             check_line(line, other)
 
 
-def check_times(line: dict[str, Any], kind: str, layout: Layout) -> None:
-    """A step's phases add up to it, and passes of the policy or the critic before the update are not data or other."""
-    beside = ("perf/pipeline_wait_s", "perf/between_steps_s")
-    parts = {name: value for name, value in line.items() if name.startswith("perf/") and name.endswith("_s")}
-    phases = {name: value for name, value in parts.items() if name not in ("perf/tokens_per_s", *beside)}
-    phases = {name: value for name, value in phases.items() if not name.endswith("_per_s")}
-    assert sum(phases.values()) == pytest.approx(line["step_time"], rel=1e-6)
+def check_times(line: dict[str, Any], name: str, layout: Layout) -> None:
+    """A step's phases add up to it, and passes of the policy or the critic before the update have their own."""
+    beside = ("perf/pipeline_wait_s", "perf/between_steps_s", "perf/tokens_per_s", "perf/weight_sync_gb_per_s")
+    phases = [key for key in line if key.startswith("perf/") and key.endswith("_s") and key not in beside]
+    assert sum(line[key] for key in phases) == pytest.approx(line["step_time"], rel=1e-6)
     assert (beside[0] in line) == (layout.pp > 1)
     assert 0 <= line.get(beside[0], 0.0) <= line["perf/update_s"]
+    kind, _ = VARIANTS[name]
     assert ("perf/critic_s" in line) == (kind == "PPO")
+    asks_the_whole_step = name in ("KTO", "KTO-precomputed", "DPO-coupled", "GRPO-entropy")
+    if asks_the_whole_step or kind in OFFLINE:  # those that sample may also need old logprobs
+        assert ("perf/logprob_s" in line) == asks_the_whole_step
 
 
 def check_line(found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -66,6 +66,7 @@ LOGS = {"loss": 1.0, "grad_norm": 3.0, "logps/chosen": -50.0, "logps/rejected": 
         ("sft", "bfloat16", 0, {"grad_norm": 3.2}, None),  # as far as rounding moves either; fp32's was compared
         ("dpo", "float32", 1, {"loss": 1.01}, "loss is 1 of megalign's step and 1.01 of TRL's"),
         ("dpo", "float32", 1, {"logps/rejected": -51.0}, "logps/rejected is -50 of"),
+        ("dpo", "bfloat16", 0, {"loss": 1.05}, "loss is 1 of"),
         ("dpo", "bfloat16", 1, {"loss": 1.05}, None),
         ("dpo", "bfloat16", 1, {"logps/chosen": -52.0}, "logps/chosen is -50 of"),
     ],
@@ -79,6 +80,13 @@ def test_a_peer_that_computes_something_else_is_an_error(
     else:
         with pytest.raises(UserError, match=told):
             training.check_same_work(job, dtype, number, ours, trls)
+
+
+def test_a_gradient_of_nothing_is_rounding_and_a_loss_of_nothing_is_not() -> None:
+    ours, trls = (STEP._replace(logs={"loss": 0.0, "grad_norm": norm}) for norm in (2e-8, 3e-8))
+    training.check_same_work("sft", "float32", 0, ours, trls)
+    with pytest.raises(UserError, match="loss is 0 of"):
+        training.check_same_work("sft", "float32", 0, ours, trls._replace(logs={**trls.logs, "loss": 5e-7}))
 
 
 @pytest.mark.parametrize("job", ["sft", "dpo"])
