@@ -1,4 +1,5 @@
-"""The job as environment variables that torch.distributed reads. Imports no torch.
+"""The job as environment variables that torch.distributed reads, and how a rank joins it. Imports no torch before
+it joins.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; under `srun` they are made from
 Slurm's; a process on its own (a batch script without `srun` too) becomes a job of one rank.
@@ -13,6 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import MutableMapping
+from datetime import timedelta
 
 from megalign.errors import UserError
 
@@ -39,6 +41,20 @@ def keep_order(world: int, environ: MutableMapping[str, str] = os.environ) -> No
     """
     if world > 1:
         environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def join(backend: str, timeout_s: float | None = None) -> None:
+    """Joins the job that the environment describes, and returns when every rank has.
+
+    A rank that met an error of its own while another is still connecting would leave that one with gloo's words for
+    it, before it has a store to ask who has told what.
+    """
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group(backend, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+    # On the CPU: dist.barrier() may take NCCL, which then keeps memory for it.
+    dist.all_reduce(torch.zeros(1))
 
 
 def _in_slurm_step(environ: MutableMapping[str, str]) -> bool:

@@ -51,10 +51,10 @@ def test_a_failed_job_removes_the_files_of_launchers_that_are_gone(tmp_path: Pat
 
 DISTRIBUTED = """
 import os, sys, torch.distributed as dist
-from megalign import cli
+from megalign import cli, launch
 from megalign.errors import UserError
-dist.init_process_group("gloo")
 def fail(argv):
+    launch.join("gloo")
     if dist.get_rank() == 1:
         raise UserError("row 3 has no column prompt; add it")
     dist.barrier()

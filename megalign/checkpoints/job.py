@@ -23,7 +23,7 @@ class Job:
 
     def __init__(self) -> None:
         if launch.prepare_environment() > 1 and not dist.is_initialized():
-            dist.init_process_group("gloo")
+            launch.join("gloo")
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
 

@@ -201,7 +201,7 @@ def start_distributed(timeout_s: float) -> None:
         device.select_device()
         liveness.start(int(os.environ["RANK"]), world)
         gloo.share_device()
-        dist.init_process_group(device.backend(), timeout=datetime.timedelta(seconds=timeout_s))
+        launch.join(device.backend(), timeout_s)
     liveness.join(failure.default_store())
 
 
