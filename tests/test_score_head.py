@@ -226,6 +226,17 @@ def test_a_moving_reference_is_mixed_saved_and_read(tmp_path: Path, layout: Layo
         assert difference < 1e-6
 
 
+def mixed_with_itself(path: str) -> bool:
+    kept, new = (make_engine(path, ONE_RANK, trainable=False, bf16=True) for _ in range(2))
+    before = {name: tensor.clone() for name, tensor in kept.gathered()}
+    kept.mix_in(new, 0.6)
+    return all(torch.equal(tensor, before[name]) for name, tensor in kept.gathered())
+
+
+def test_a_reference_in_bf16_stays_where_the_policy_is(tmp_path: Path) -> None:
+    assert run_ranks(1, mixed_with_itself, save_tiny_model("llama", tmp_path)) == [True]
+
+
 def refused(path: str, score_head: bool) -> str:
     try:
         make_engine(path, ONE_RANK, score_head=score_head)

@@ -43,6 +43,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """Those that config files name as well, and that the tokenizer has."""
+    found = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    return {name: token for name, token in found.items() if token is not None}
+
+
 def adapt_tokenizer(
     tokenizer: PreTrainedTokenizerBase, *, eos_token: str | None = None, chat_template_path: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -87,13 +93,14 @@ def as_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages with `role` and `content`; ShareGPT's names are translated.
 
     Keys without a value go: a column of a table gives every message the keys of all, and templates ask
-    whether a key such as tool_calls is there.
+    whether a key such as tool_calls is there. Beside tool calls a content without a value stays: templates ask for it.
     """
     messages = []
     for index, message in enumerate(conversation):
         if not isinstance(message, Mapping):
             raise UserError(f"message {index} must have role and content, and is a {type(message).__name__}; mend it")
-        kept = {key: value for key, value in message.items() if value is not None}
+        empty = "content" if message.get("tool_calls") else None
+        kept = {key: value for key, value in message.items() if value is not None or key == empty}
         if "from" in kept:
             kept["role"] = kept.pop("from")
         if "value" in kept:
@@ -113,7 +120,7 @@ def _check_message(message: Message, index: int) -> None:
         raise UserError(f"message {index}'s role {_shown(message['role'])} must be text; write e.g. 'user'")
     content = message.get("content", "")
     is_parts = isinstance(content, Sequence) and all(isinstance(part, Mapping) for part in content)
-    if not isinstance(content, str) and not is_parts:
+    if content is not None and not isinstance(content, str) and not is_parts:
         raise UserError(
             f"message {index}'s content {_shown(content)} must be text, or a list of parts that are mappings where the "
             "chat template takes them; mend the row"

@@ -13,6 +13,7 @@ from megalign.data.broken import Skipped, map_rows
 from megalign.data.completions import Completed, check_completion, completion_start, prompt_tokens, whole_tokens
 from megalign.data.pairs import Tokenizer, check_columns, pair_of, without_empty
 from megalign.data.rows import MASK, TOKENS, Row, check_tokens, naming_row, needed, needed_ids
+from megalign.data.scored import check_scored, scored_sequence
 from megalign.errors import UserError
 
 _SIDES = ("chosen", "rejected")
@@ -78,12 +79,13 @@ def prepare_reward_pairs(
     args: Any,
     *,
     vocab_size: int | None = None,
+    pad: int | None = None,
     skipped: Skipped | None = None,
 ) -> Dataset:
     """Reward's rows: `chosen_ids` and `rejected_ids`, whole texts, and `margin` where the dataset has one.
 
     Tokenized rows have chosen_ids and rejected_ids. Pairs of which one is longer than max_length are dropped and
-    counted, as in TRL.
+    counted, as in TRL. `pad` as in `sequences_of_reward_pair`.
     """
     check_columns(dataset, ("chosen_ids", "rejected_ids"), tokenizer)
     margin = {"margin": Value("float64")} if "margin" in dataset.column_names else {}
@@ -91,7 +93,7 @@ def prepare_reward_pairs(
         dataset,
         reward_row,
         features={"chosen_ids": TOKENS, "rejected_ids": TOKENS, **margin},
-        options={"tokenizer": tokenizer, "max_length": args.max_length, "vocab_size": vocab_size},
+        options={"tokenizer": tokenizer, "max_length": args.max_length, "vocab_size": vocab_size, "pad": pad},
         skipped=skipped,
         num_proc=args.dataset_num_proc,
         desc="Tokenizing pairs",
@@ -218,15 +220,20 @@ def sequences_of_orpo_pair(row: Row) -> list[dict[str, Any]]:
 
 
 def reward_row(
-    row: Row, index: int, *, tokenizer: Tokenizer, max_length: int | None, vocab_size: int | None
+    row: Row,
+    index: int,
+    *,
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    vocab_size: int | None,
+    pad: int | None = None,
 ) -> dict[str, Any]:
     """One row -> the ids of both whole texts, empty when one is longer than max_length, and its margin if any."""
     with naming_row(index):
         pair = _whole_texts(row, tokenizer)
         for ids, name in zip(pair, _SIDES, strict=True):
             check_tokens(ids, vocab_size)
-            if len(ids) < 2:  # a sequence's first token is never in the loss
-                raise UserError(f"its {name} has {len(ids)} tokens and a score needs 2; fill it in or drop the row")
+            check_scored(ids, pad, f"its {name}")
         margin = {"margin": _margin(row)} if "margin" in row else {}
     if max_length is not None and max(map(len, pair)) > max_length:
         pair = [[], []]
@@ -253,12 +260,9 @@ def _margin(row: Row) -> float:
     return float(margin)
 
 
-def sequences_of_reward_pair(row: Row) -> list[dict[str, Any]]:
-    """A row of `prepare_reward_pairs` -> chosen and rejected, whose last token alone is in the loss; both have the
-    row's margin.
+def sequences_of_reward_pair(row: Row, pad: int | None = None) -> list[dict[str, Any]]:
+    """A row of `prepare_reward_pairs` -> chosen and rejected, whose last token that is not `pad` alone is in the loss;
+    both have the row's margin.
     """
     margin = {"margin": row["margin"]} if "margin" in row else {}
-    return [
-        {"tokens": ids, "loss_mask": [False] * (len(ids) - 1) + [True], **margin}
-        for ids in (row["chosen_ids"], row["rejected_ids"])
-    ]
+    return [{**scored_sequence(row[f"{side}_ids"], pad), **margin} for side in _SIDES]

@@ -23,7 +23,7 @@ from megalign.conversion.families import architecture_of
 from megalign.conversion.flops import training_flops
 from megalign.conversion.hf_files import read_config
 from megalign.data.broken import Skipped
-from megalign.data.chat import load_tokenizer
+from megalign.data.chat import load_tokenizer, special_tokens_of
 from megalign.errors import UserError
 from megalign.model.layout_checks import check_policy
 from megalign.parallel.groups import end_distributed, initialize
@@ -40,7 +40,6 @@ from megalign.trainers.schedule import LearningRate, plan_steps
 # What of the rows a resumed run must share with the run that it goes on with; a leaf has more.
 DATA_FIELDS = ("seed", "data_order_seed", "shuffle_dataset")
 TIMEOUT_SLACK = 30  # seconds after ddp_timeout until a collective gives up by itself
-SPECIAL_TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 class Trainer:
@@ -273,8 +272,7 @@ class Trainer:
     @property
     def special_tokens(self) -> dict[str, int]:
         """The tokenizer's, which the exported model's config files repeat; transformers' Trainer aligns the same."""
-        found = {name: getattr(self.processing_class, name, None) for name in SPECIAL_TOKENS}
-        return {name: token for name, token in found.items() if token is not None}
+        return special_tokens_of(self.processing_class)
 
     def end(self) -> None:
         """Leaves the job, as the last call of a script."""
@@ -383,7 +381,7 @@ class Trainer:
     def _finish(self, started: float, first_step: int) -> TrainOutput:
         steps = self.state.global_step - first_step
         metrics = speed_metrics("train", started, num_samples=steps * self.rows_per_step, num_steps=steps)
-        metrics["train_loss"] = self.run.loss_total / max(steps, 1)
+        metrics["train_loss"] = self.run.loss_total / max(self.run.num_losses, 1)
         self.run.log_summary(metrics)
         self.run.event("on_train_end")
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)

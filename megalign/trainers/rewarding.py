@@ -13,9 +13,10 @@ from torch import Tensor
 from megalign.batch import Completion
 from megalign.conversion.families import is_classifier
 from megalign.conversion.hf_files import read_config
-from megalign.data.chat import as_messages, chat_ids, is_conversation, load_tokenizer
+from megalign.data.chat import as_messages, chat_ids, is_conversation, load_tokenizer, special_tokens_of
 from megalign.data.collate import packed_share
 from megalign.data.rows import check_tokens
+from megalign.data.scored import check_scored, pad_of, scored_sequence
 from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.parallel.reduce import gather_rows
@@ -73,10 +74,11 @@ class RewardModel:
             ids = chat_ids(self._tokenizer, messages, options=self._args.chat_template_kwargs or {})
         else:
             ids = self._tokenizer(text=prompt + text, add_special_tokens=False)["input_ids"]
-        check_tokens(ids, self.engine.architecture.vocab_size)
-        if len(ids) < 2:  # a sequence's first token is never in a loss mask, and the last one is the answer's
-            raise UserError(f"reward model {self.name} needs two tokens of prompt and completion and got {ids}")
-        return {"tokens": ids, "loss_mask": [False] * (len(ids) - 1) + [True]}
+        architecture = self.engine.architecture
+        check_tokens(ids, architecture.vocab_size)
+        pad = pad_of(special_tokens_of(self._tokenizer), architecture.pad_token_id)
+        check_scored(ids, pad, f"what reward model {self.name} reads of prompt and completion")
+        return scored_sequence(ids, pad)
 
 
 class Rewarding:

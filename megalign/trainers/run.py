@@ -64,7 +64,7 @@ class Run:
         self.epoch = self.update = 0  # epochs that are over, and steps of the one that is not
         self.logged_step = self.logged_tokens = 0
         self._flops, self._pipeline_wait_s = 0.0, None
-        self.loss_total = 0.0
+        self.loss_total, self.num_losses = 0.0, 0
         self.skips = Skips(self._max_skipped_steps, self.note)
         self._apply(plan)
 
@@ -129,7 +129,8 @@ class Run:
         if self.skips.total:
             self.window.set(skipped_steps=self.skips.total)
         # A line shows a loss that was not finite; the mean of the whole run is of the others.
-        self.loss_total += result.loss if math.isfinite(result.loss) else 0.0
+        if math.isfinite(result.loss):
+            self.loss_total, self.num_losses = self.loss_total + result.loss, self.num_losses + 1
 
     def count_flops(self, flops: float) -> None:
         """Of the step's update, for this rank."""

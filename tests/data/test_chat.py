@@ -118,6 +118,8 @@ def test_sharegpt_messages_and_empty_keys_of_tables_are_translated() -> None:
         {"role": "assistant", "content": "Hello"},
         {"role": "system", "content": "x"},
     ]
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}], "name": None}
+    assert as_messages([calls]) == [{name: value for name, value in calls.items() if name != "name"}]
     with pytest.raises(UserError, match="message 1 must have role and content, and is a str"):
         as_messages([USER, "Hello"])
     assert is_conversation([{"from": "human", "value": "Hi"}]) and is_conversation([USER])

@@ -50,6 +50,30 @@ def test_ten_steps_of_each_are_trls(rows: str, tmp_path: Path) -> None:
         assert len(set(losses)) == STEPS and losses[-1] < losses[0], f"{algorithm}: nothing was learned: {losses}"
 
 
+# What TRL pads with where a tokenizer has no pad: transformers then takes the score of the token before the end.
+PADS_WITH_ENDS = """
+import sys
+sys.path.insert(0, "tools")
+import compare_with_trl as tool
+made = tool.make_tokenizer
+def padded():
+    tokenizer = made()
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+tool.make_tokenizer = padded
+tool.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_trls_where_the_end_token_is_the_pad(tmp_path: Path) -> None:
+    file = tmp_path / "compared.json"
+    arguments = ["--algorithms", "reward", "--rows", "text", "--steps", "3", "--json", str(file)]
+    run([sys.executable, "-c", PADS_WITH_ENDS, *arguments], cwd=ROOT).succeeded()
+    found = [Compared(**one) for one in json.loads(file.read_text())]
+    assert METRICS["reward"] <= {one.metric for one in found} and not beyond(found, 1e-4)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_not_trls_ends_with_status_1(tmp_path: Path) -> None:
     file = tmp_path / "compared.json"

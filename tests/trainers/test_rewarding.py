@@ -21,7 +21,7 @@ from tests.tiny import save_tiny_classifier
 from tests.trainers.grpo_runs import grpo_fields, prompt_rows, save_model_with_tokenizer, train_grpo
 from tests.trainers.runs import metric_lines
 
-# No word begins like t0, t1 or t2: the tokenizer cuts its special tokens out, and transformers skips pads (t0).
+# No word begins like t0, t1 or t2: the tokenizer cuts its special tokens out.
 PROMPTS = ["t5 t6 ", "t7 ", "t8 t9 t80 ", "t51 ", "t52 t53 "]
 TEXTS = ["t30 t31", "t32", "t33 t34 t35 t36", "t37 t38", "t39"]
 
@@ -55,7 +55,7 @@ def lengths(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(len(text.split())) for text in completions]
 
 
-def scored(judge: str, layout: Layout, chosen: list[Any]) -> tuple[list[str], torch.Tensor]:
+def scored(judge: str, layout: Layout, chosen: list[Any], texts: list[str] = TEXTS) -> tuple[list[str], torch.Tensor]:
     args = GRPOConfig(
         **grpo_fields(
             output_dir="unused",
@@ -68,9 +68,9 @@ def scored(judge: str, layout: Layout, chosen: list[Any]) -> tuple[list[str], to
     rewarding.load()
     completions = [
         Completion(index=i, prompt_ids=[1], completion_ids=[2], logprobs=[-1.0], finish_reason="stop", policy_version=0)
-        for i in range(len(TEXTS))
+        for i in range(len(texts))
     ]
-    result = rewarding(completions, PROMPTS, TEXTS, group_size=1)
+    result = rewarding(completions, PROMPTS, texts, group_size=1)
     return rewarding.names, result.rewards
 
 
@@ -87,6 +87,24 @@ def test_a_reward_model_scores_as_transformers_does_beside_functions(judge: str,
         assert torch.allclose(rewards[:, 1], torch.tensor(wanted), atol=1e-4)
         assert rewards[:, 0].tolist() == [0.25] * 5
         assert rewards[:, 2].tolist() == [2, 1, 4, 2, 1]
+
+
+@pytest.mark.parametrize("pad", ["t0", None])
+def test_pads_at_the_end_are_not_scored_as_in_transformers(judge: str, tmp_path: Path, pad: str | None) -> None:
+    path = Path(shutil.copytree(judge, tmp_path / "judge"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(path)
+    skipped = tokenizer.eos_token if pad is None else pad
+    texts = [f"t30 t31 {skipped}", f"t32 {skipped} t33", f"t34 {skipped} {skipped}", "t35", "t36 t0 t1 t2"]
+    model = AutoModelForSequenceClassification.from_pretrained(path, attn_implementation="eager").eval()
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids(skipped)  # as TRL's GRPOTrainer does
+    wanted = []
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        ids = tokenizer(prompt + text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        wanted.append(float(model(ids).logits[0, 0]))
+    ((_, rewards),) = run_ranks(1, scored, str(path), ONE_RANK, [str(path)], texts)
+    assert torch.allclose(rewards[:, 0], torch.tensor(wanted), atol=1e-4)
 
 
 def test_rewards_of_one_name_are_told_apart(judge: str, tmp_path: Path) -> None:

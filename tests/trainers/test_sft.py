@@ -189,6 +189,22 @@ def test_steps_that_do_not_fill_a_logging_window_are_written_at_the_end(model: s
     assert [line["step"] for line in result["history"]] == [2, 3] and "loss" not in result["history"][-1]
 
 
+def train_with_bad_steps(model: str, output_dir: str) -> tuple[float, list[float | None]]:
+    class Poisoned(SFTTrainer):
+        def loss(self, *inputs: Any) -> Any:
+            value, metrics = super().loss(*inputs)
+            return value * (float("nan") if self.state.global_step < 2 else 1.0), metrics
+
+    trainer = Poisoned(model, SFTConfig(**sft_fields(output_dir=output_dir, max_steps=4)), train_dataset=token_rows(8))
+    output = trainer.train()
+    return output.training_loss, [line["loss"] for line in metric_lines(output_dir)]
+
+
+def test_the_mean_loss_of_a_run_is_of_the_steps_that_were_not_skipped(model: str, tmp_path: Path) -> None:
+    ((mean, losses),) = run_ranks(1, train_with_bad_steps, model, str(tmp_path))
+    assert losses[:2] == [None, None] and mean == pytest.approx(sum(losses[2:]) / 2)
+
+
 def test_events_are_those_of_transformers_trainer(model: str, tmp_path: Path) -> None:
     common = dict(num_train_epochs=2.0, per_device_train_batch_size=2, logging_steps=3, save_strategy="epoch")
     common |= dict(eval_strategy="steps", eval_steps=3, eval_on_start=True, disable_tqdm=True)

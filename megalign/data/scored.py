@@ -1,0 +1,37 @@
+"""Which token's score a text has: what transformers' sequence classifiers do, and so whoever loads the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megalign.errors import UserError
+
+
+def pad_of(special_tokens: Mapping[str, int | None], config_pad: int | None) -> int | None:
+    """The token that a classifier takes for padding: the tokenizer's; where it has none its end token, as in TRL; with
+    neither, config.json's."""
+    for name in ("pad_token_id", "eos_token_id"):
+        if (token := special_tokens.get(name)) is not None:
+            return token
+    return config_pad
+
+
+def check_scored(ids: Sequence[int], pad: int | None, what: str) -> None:
+    """UserError where a text has no token to take a score of; a sequence's first is never in the loss."""
+    if _scored_place(ids, pad) == 0:
+        raise UserError(
+            f"{what} has {len(ids)} tokens ({list(ids)[:4]}) and a score needs one, not the first, that is no pad "
+            f"({pad}); fill it in or drop the row"
+        )
+
+
+def scored_sequence(ids: Sequence[int], pad: int | None) -> dict[str, list[Any]]:
+    """The text as `collate.pack` takes it, with the one token in the loss whose score is the text's: the last that is
+    not `pad`, though nothing is padded here. Where the end token is the pad that is the token before it."""
+    scored = _scored_place(ids, pad)
+    return {"tokens": list(ids), "loss_mask": [place == scored for place in range(len(ids))]}
+
+
+def _scored_place(ids: Sequence[int], pad: int | None) -> int:
+    return next((place for place in reversed(range(len(ids))) if ids[place] != pad), 0)
