@@ -29,6 +29,7 @@ __device__ float entry(const Rows& rows, const T* raw, int64_t index, float temp
 // Sums in units of exp(top): what a thread, a warp and a block know of a row.
 struct Partial {
   float top = -INFINITY, sum = 0, weighted = 0, logits = 0, squares = 0;
+  int first = 0; // where the top is, the first of several
 
   __device__ void rescale(float higher) {
     if (top == -INFINITY) {
@@ -42,8 +43,11 @@ struct Partial {
     top = higher;
   }
 
-  __device__ void add(float x) {
-    if (x > top) rescale(x);
+  __device__ void add(float x, int index) {
+    if (x > top) {
+      rescale(x);
+      first = index;
+    }
     const float below = x - top, value = expf(below);
     sum += value;
     weighted += value * below;
@@ -52,6 +56,7 @@ struct Partial {
   }
 
   __device__ void merge(Partial other) {
+    if (other.top > top || (other.top == top && other.first < first)) first = other.first;
     const float higher = fmaxf(top, other.top);
     if (higher != -INFINITY) {
       if (top != higher) rescale(higher);
@@ -70,6 +75,7 @@ struct Partial {
     other.weighted = __shfl_down_sync(0xffffffffu, weighted, distance);
     other.logits = __shfl_down_sync(0xffffffffu, logits, distance);
     other.squares = __shfl_down_sync(0xffffffffu, squares, distance);
+    other.first = __shfl_down_sync(0xffffffffu, first, distance);
     return other;
   }
 
@@ -86,7 +92,7 @@ __global__ void statistics_kernel(Rows rows, const T* logits, float* table, bool
   const float temperature = rows.temperature ? rows.temperature[row] : 1.0f;
   Partial mine;
   for (int64_t index = threadIdx.x; index < rows.num_real; index += kThreads)
-    mine.add(entry(rows, raw, index, temperature));
+    mine.add(entry(rows, raw, index, temperature), static_cast<int>(index));
   mine.merge_warp();
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
   __syncthreads();
@@ -99,6 +105,7 @@ __global__ void statistics_kernel(Rows rows, const T* logits, float* table, bool
   table[kSum * n + row] = mine.sum;
   table[kWeighted * n + row] = mine.weighted;
   table[kTarget * n + row] = label >= 0 && label < rows.num_real ? entry(rows, raw, label, temperature) : 0.0f;
+  table[kFirst * n + row] = static_cast<float>(mine.first);
   if (!all) return;
   table[kLogits * n + row] = mine.logits;
   table[kSquares * n + row] = mine.squares;

@@ -22,7 +22,7 @@ struct Rows {
 };
 
 // The rows of the table that `vocab_statistics` writes, [statistics, n].
-enum Statistic { kTop, kSum, kWeighted, kTarget, kLogits, kSquares, kNumStatistics };
+enum Statistic { kTop, kSum, kWeighted, kTarget, kFirst, kLogits, kSquares, kNumStatistics };
 constexpr int kNumPlainStatistics = kLogits; // without the two that only some losses ask for
 
 struct Gradient {

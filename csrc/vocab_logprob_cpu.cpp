@@ -132,6 +132,7 @@ void row_statistics(const Rows& rows, int64_t row, const T* raw, float* table, b
   const int64_t label = rows.labels[row];
   float top = -std::numeric_limits<float>::infinity(), target = 0;
   double sum = 0, weighted = 0, logits = 0, squares = 0;
+  int64_t first_of_top = 0;
   for (int64_t first = 0; first < rows.num_real; first += kBlock) {
     const int size = static_cast<int>(std::min<int64_t>(kBlock, rows.num_real - first));
     const float* x = entries(rows, row, raw, first, size, buffer);
@@ -144,6 +145,7 @@ void row_statistics(const Rows& rows, int64_t row, const T* raw, float* table, b
         squares *= scale * scale;
       }
       top = higher;
+      first_of_top = first + (std::find(x, x + size, top) - x);
     }
     Sums sums;
     all ? add_up_all(x, top, size, &sums) : add_up(x, top, size, &sums);
@@ -158,6 +160,7 @@ void row_statistics(const Rows& rows, int64_t row, const T* raw, float* table, b
   table[kSum * n + row] = static_cast<float>(sum);
   table[kWeighted * n + row] = static_cast<float>(weighted);
   table[kTarget * n + row] = target;
+  table[kFirst * n + row] = static_cast<float>(first_of_top);
   if (!all) return;
   table[kLogits * n + row] = static_cast<float>(logits);
   table[kSquares * n + row] = static_cast<float>(squares);

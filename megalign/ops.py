@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megalign.compiled import one_pass
 
-NAMES = ("top", "sum", "weighted", "target", "logits", "squares")
+NAMES = ("top", "sum", "weighted", "target", "first", "logits", "squares")
 """The rows of `vocab_statistics`, of x = a row's entries: max x; sum e^(x - top); sum e^(x - top) (x - top); x at the
-label, 0 without one; and, where all are asked for, sum x; sum e^(2 (x - top)).
+label, 0 without one; the first column with the top; and, where all are asked for, sum x; sum e^(2 (x - top)).
 """
 NUM_PLAIN = NAMES.index("logits")
 
@@ -32,7 +32,7 @@ def vocab_statistics(
     softcap: float | None = None,
     all_of_them: bool = False,
 ) -> Tensor:
-    """[4, n], or [6, n] with all of them: NAMES, float32, of the real columns alone.
+    """[5, n], or [7, n] with all of them: NAMES, float32, of the real columns alone.
 
     An entry is (logit + bias), capped as softcap * tanh(entry / softcap), over the row's temperature. A tensor rank
     without a real column has -inf, and zeros.
@@ -167,11 +167,11 @@ def vocab_statistics_in_torch(
         table[0] = -torch.inf
         return table if all_of_them else table[:NUM_PLAIN]
     x = _entries(logits[:, :num_real], temperature, None if bias is None else bias[:num_real], softcap)
-    top = x.max(dim=1).values
+    top, first = x.max(dim=1)
     target = x.gather(1, labels.clamp(min=0)[:, None])[:, 0].where(labels >= 0, 0.0)
     below = x - top[:, None]
     exponentials = below.exp()
-    rows = [top, exponentials.sum(1), (exponentials * below).sum(1), target]
+    rows = [top, exponentials.sum(1), (exponentials * below).sum(1), target, first.float()]
     if all_of_them:
         rows += [x.sum(1), exponentials.square().sum(1)]
     return torch.stack(rows)

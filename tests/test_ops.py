@@ -94,6 +94,24 @@ def test_statistics_equal_torch(name: str, dtype: torch.dtype) -> None:
     check_statistics(name, dtype)
 
 
+def check_first_of_several(dtype: torch.dtype, device: str = "cpu") -> None:
+    """Of entries at the top the first is told, in whatever block, warp or thread they are."""
+    tops = [[0], [2499], [1, 2], [31, 32, 2000], [1023, 1024], [7, 519, 1031], range(2500)]
+    logits = torch.zeros(len(tops), 2500)
+    for row, columns in zip(logits, tops, strict=True):
+        row[list(columns)] = 3.0
+    logits = logits.to(device, dtype)
+    labels = torch.zeros(len(tops), dtype=torch.int64, device=device)
+    for statistics in (ops.vocab_statistics, ops.vocab_statistics_in_torch):
+        first = statistics(logits, labels, num_real=2500)[ops.NAMES.index("first")]
+        assert first.tolist() == [columns[0] for columns in tops]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_of_several_tops_is_told(dtype: torch.dtype) -> None:
+    check_first_of_several(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_torch(name: str, dtype: torch.dtype) -> None:
@@ -144,7 +162,7 @@ def test_a_logit_that_is_no_number_is_not_hidden(bad: float) -> None:
 def test_probabilities_too_small_for_fp32_are_zero() -> None:
     logits = torch.tensor([[0.0, -1000.0, -88.0]])
     statistics = ops.vocab_statistics(logits, torch.tensor([1]), num_real=3)
-    assert statistics[:, 0].tolist() == [0.0, 1.0, 0.0, -1000.0]
+    assert statistics[:, 0].tolist() == [0.0, 1.0, 0.0, -1000.0, 0.0]
 
 
 def test_wrong_columns_are_refused() -> None:

@@ -29,7 +29,7 @@ class TokenScores(NamedTuple):
 
     logprobs: Tensor  # [N] differentiable
     entropy: Tensor  # [N] differentiable
-    argmax_correct: Tensor  # [N] 1 where the token was the most probable one
+    argmax_correct: Tensor  # [N] 1 where the token was the most probable one, the first of several such
     mean_logits: Tensor | None = None  # [N] the logits' mean over the vocabulary
     log_sum_squares: Tensor | None = None  # [N] log sum_v p_v^2 (WPO, arXiv 2406.11827 eq. 2)
 
@@ -78,7 +78,8 @@ class _TokenScores(torch.autograd.Function):
         log_normaliser = table["top"] + log_sum
         logprobs = table["target"] - log_normaliser
         entropy = log_sum - table["weighted"] / table["sum"]
-        others = [(table["target"] >= table["top"]).float()]
+        # Not by its own logit: in bf16 several are often at the top.
+        others = [(table["first"] == labels).float()]
         if extras:
             scale = 1.0 if temperature is None else temperature
             more = {
@@ -157,14 +158,16 @@ class _Shard:
             return table
         tables = table.new_empty(self.tp.size * len(table), table.shape[1])
         dist.all_gather_into_tensor(tables, table, group=self.tp.group)
-        tops, sums, weighted, *others = tables.view(self.tp.size, *table.shape).unbind(1)
+        tops, sums, weighted, targets, firsts, *others = tables.view(self.tp.size, *table.shape).unbind(1)
         top = tops.max(0).values
+        firsts = firsts + len(self.weight) * torch.arange(self.tp.size, device=table.device)[:, None]
+        first = firsts.where(tops == top, torch.inf).min(0).values
         down = (tops - top).where(tops > -torch.inf, 0.0)  # 0 * -inf, of a rank with padding only, would be NaN
         scale = down.exp()
-        rows = [sums * scale, scale * (weighted + down * sums), *others]
-        if len(rows) == len(ops.NAMES) - 1:
-            rows[-1] = rows[-1] * scale.square()
-        return torch.stack([top, *(row.sum(0) for row in rows)])
+        rows = [sums * scale, scale * (weighted + down * sums), targets]
+        if others:
+            others[-1] = others[-1] * scale.square()
+        return torch.stack([top, *(row.sum(0) for row in rows), first, *(row.sum(0) for row in others)])
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

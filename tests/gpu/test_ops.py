@@ -11,7 +11,7 @@ from torch import Tensor
 from megalign import ops
 from megalign.compiled import compile_passes
 from megalign.model.rotary import _rotate_halves, _rotate_pairs
-from tests.test_ops import CASES, DTYPES, check_gradient, check_statistics
+from tests.test_ops import CASES, DTYPES, check_first_of_several, check_gradient, check_statistics
 
 pytestmark = pytest.mark.cuda_only
 
@@ -26,6 +26,11 @@ def test_statistics_equal_torch(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_torch(name: str, dtype: torch.dtype) -> None:
     check_gradient(name, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_of_several_tops_is_told(dtype: torch.dtype) -> None:
+    check_first_of_several(dtype, "cuda")
 
 
 ACTIVATIONS = {

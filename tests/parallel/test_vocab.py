@@ -83,6 +83,24 @@ def test_scores_and_gradients_equal_full_softmax(world: int, softcap: float | No
         torch.testing.assert_close(got.double(), wanted[name], rtol=2e-6, atol=2e-6, msg=name)
 
 
+def _ties() -> list[float]:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hidden = torch.ones(4, HIDDEN)
+    weight = torch.zeros(PADDED, HIDDEN)
+    weight[[3, VOCAB - 2]] = 1.0  # on the first rank, and on the last that has real entries
+    rows = slice(rank * PADDED // size, (rank + 1) * PADDED // size)
+    scores = vocab.token_scores(
+        hidden, weight[rows], torch.tensor([3, VOCAB - 2, 0, VOCAB - 1]), temperature=None, vocab_size=VOCAB,
+        tp=Axis(dist.group.WORLD, rank, size, list(range(size))),
+    )  # fmt: skip
+    return scores.argmax_correct.tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_of_entries_at_the_top_the_first_alone_is_right(world: int) -> None:
+    assert run_ranks(world, _ties) == [[1.0, 0.0, 0.0, 0.0]] * world
+
+
 def _no_tokens() -> tuple[torch.Tensor, torch.Tensor]:
     weight = torch.randn(PADDED, HIDDEN, requires_grad=True)
     hidden = torch.zeros(0, HIDDEN, requires_grad=True)

@@ -59,7 +59,7 @@ class VocabScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One pass over the logits."""
-        top, total, weighted, target = ops.vocab_statistics(logits, labels, num_real=logits.shape[1])
+        top, total, weighted, target, _ = ops.vocab_statistics(logits, labels, num_real=logits.shape[1])
         log_sum = total.log()
         log_normaliser, entropy = top + log_sum, log_sum - weighted / total
         ctx.save_for_backward(logits, labels, log_normaliser, entropy)
