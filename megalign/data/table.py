@@ -92,7 +92,12 @@ def _one_table(rows: Sequence[Mapping[str, Any]], features: Features | None) -> 
     names = features or dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row.get(name) for row in rows] for name in names}
     try:
-        return _validated(columns, features)
+        table = _validated(columns, features)
+        if features is None and any(map(_has_mappings, table.features.values())):
+            # Else each mapping, a tool's arguments too, would get the keys of all others, without a value. As it is
+            # read from a .jsonl; it alone would take any two types for one column.
+            return _validated(columns, None, on_mixed_types="use_json")
+        return table
     except _NO_COLUMN as error:
         for name, values in columns.items():
             kind = None if features is None else Features({name: features[name]})
@@ -106,9 +111,13 @@ def _one_table(rows: Sequence[Mapping[str, Any]], features: Features | None) -> 
         raise
 
 
-def _validated(columns: Mapping[str, list[Any]], features: Features | None) -> Dataset:
+def _has_mappings(kind: Any) -> bool:
+    return isinstance(kind, Mapping) or (hasattr(kind, "feature") and _has_mappings(kind.feature))
+
+
+def _validated(columns: Mapping[str, list[Any]], features: Features | None, **options: str) -> Dataset:
     """The columns as a table. Bytes beside text become text that is not UTF-8: found out here, not when it is read."""
-    table = Dataset.from_dict(columns, features=features)
+    table = Dataset.from_dict(columns, features=features, **options)
     table.data.table.validate(full=True)
     return table
 

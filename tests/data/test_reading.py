@@ -157,6 +157,25 @@ def test_rows_of_mixed_types_are_named_by_column_and_row(values: list[object]) -
     assert as_table(rows[:2])["fine"] == [0, 1]
 
 
+def _calling(argument: str, value: object) -> dict[str, object]:
+    call = {"function": {"name": "f", "arguments": {argument: value}}}
+    schema = {"name": "f", "parameters": {"properties": {argument: {"type": "integer"}}}}
+    return {"messages": [MESSAGE, {"role": "assistant", "tool_calls": [call]}], "tools": [schema]}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["", '{"messages": [\n'])
+def test_a_tools_arguments_are_its_own_however_rows_are_read(tmp_path: Path, ending: str, streaming: bool) -> None:
+    rows = [_calling("a", 1), _calling("b", 2), _calling("c", [3])]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows) + ending)
+    found = load_rows(str(file), split="train", streaming=streaming, skip_bad_rows=True)
+    found = take_rows(found, 4, skip_bad_rows=True) if streaming else found
+    assert [{name: row[name] for name in rows[0]} for row in found][:3] == rows
+    assert list(as_table(rows)) == rows
+    assert list(take_rows(IterableDataset.from_generator(lambda: iter(rows)), 3)) == rows
+
+
 # ---- configurations
 
 
