@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from megalign.algos.policy import grpo_loss
 from megalign.algos.supervised import sft_loss
@@ -173,10 +173,12 @@ def reference_gradients(path: str, name: str, dtype: torch.dtype = torch.float32
 
 @cache
 def reference_steps(path: str, name: str) -> dict[str, Any]:
-    """torch's AdamW as transformers' Trainer groups it: no decay for biases and norms."""
+    """torch's AdamW as transformers' Trainer groups it."""
     model = load_reference(path)
-    plain = [p for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("bias")]  # experts' are stacked
-    decayed = [p for p in model.parameters() if all(p is not other for other in plain)]
+    names = Trainer.get_decay_parameter_names(None, model)
+    decayed, plain = (
+        [p for name, p in model.named_parameters() if (name in names) is wanted] for wanted in (True, False)
+    )
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=1e-2, eps=1e-3
     )

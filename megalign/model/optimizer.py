@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, ParamWithNamePredicate, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
 from megalign.model.overlap import overlapping, reduce_in_last_microbatch
@@ -56,9 +57,17 @@ def build_optimizer(chunks: list[nn.Module], args: LoopConfig) -> MegatronOptimi
         overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     with megatron_calls():
-        optimizer = get_megatron_optimizer(config, chunks)
+        optimizer = get_megatron_optimizer(config, chunks, {_NOT_DECAYED: ParamGroupOverride(wd_mult=0.0)})
     _find_what_is_not_finite(optimizer)
     return optimizer
+
+
+def _is_not_decayed(parameter: Tensor, name: str) -> bool:
+    """Megatron's own rule, but for attention sinks: transformers goes by names, and theirs is no norm's or bias's."""
+    return (parameter.ndim == 1 or name.endswith(".bias")) and not name.endswith(".softmax_offset")
+
+
+_NOT_DECAYED = ParamKey(with_name_predicate=ParamWithNamePredicate(name="not_decayed", fn=_is_not_decayed))
 
 
 def _find_what_is_not_finite(optimizer: MegatronOptimizer) -> None:

@@ -24,6 +24,8 @@ class Refill:
 
     def __init__(self, args: Any, weights: Tensor) -> None:
         self._args, self._weights = args, weights
+        # RLOO's config has no such field.
+        self._each_alone = getattr(args, "multi_objective_aggregation", None) == "normalize_then_sum"
         self._position = {"epoch": 0, "position": 0}
 
     def filled(self, first: Sampled, draw: Draw, prompts: Dataset, num_groups: int) -> tuple[Sampled, dict[str, float]]:
@@ -66,11 +68,15 @@ class Refill:
         return [
             (part, group)
             for part, one in enumerate(drawn)
-            for group, rewards in enumerate(
-                combined_rewards(one.scored.rewards, self._weights).view(-1, self._args.num_generations)
-            )
-            if len(set(rewards[~rewards.isnan()].tolist())) > 1
+            for group, rewards in enumerate(self._compared(one).split(self._args.num_generations))
+            if any(len(set(column[~column.isnan()].tolist())) > 1 for column in rewards.T)
         ]
+
+    def _compared(self, one: Sampled) -> Tensor:
+        """[N, columns] what advantages are taken of: the sums, or each reward that counts where each has its own."""
+        if self._each_alone:
+            return one.scored.rewards[:, self._weights != 0]
+        return combined_rewards(one.scored.rewards, self._weights)[:, None]
 
     def _joined(self, drawn: Sequence[Sampled], groups: Sequence[tuple[int, int]]) -> Sampled:
         """The groups as one round, its completions numbered anew."""

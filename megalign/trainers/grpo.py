@@ -96,7 +96,7 @@ class GRPOTrainer(GroupTrainer):
     def take_step(self, minibatch: Minibatch) -> StepResult:
         """One optimizer step, after which an adaptive entropy coefficient moves."""
         result = super().take_step(minibatch)
-        if self.args.use_adaptive_entropy:
+        if self.args.use_adaptive_entropy and result.skipped is None:
             self.entropy.update(result.metrics["bonus_entropy"])
         if self._entropy_coef is not None:
             self.run.window.add({"entropy_coef": self.entropy.coefficient})

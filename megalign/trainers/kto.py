@@ -40,7 +40,8 @@ class KTOTrainer(PreferenceTrainer):
             dataset,
             self.processing_class,
             self.args,
-            block=self.rows_per_step,
+            # An evaluation is one step, of two answers a row at most.
+            block=2 * len(dataset) if for_evaluation else self.rows_per_step,
             shuffle_seed=self.args.data_order_seed if shuffled else None,
             vocab_size=self.architecture.vocab_size,
             skipped=skipped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,9 +32,9 @@ def drawn(groups: list[list[float]], name: str) -> Sampled:
     return Sampled(completions, RewardResult(rewards=rewards, extra={"of": [name] * len(rewards)}, metrics={"m": 1.0}))
 
 
-def refill(limit: int = 10) -> Refill:
-    args = SimpleNamespace(num_generations=2, data_order_seed=3, dynamic_sampling_max_rounds=limit)
-    return Refill(args, torch.ones(1))
+def refill(limit: int = 10, weights: tuple[float, ...] = (1.0,), **fields: Any) -> Refill:
+    args = SimpleNamespace(num_generations=2, data_order_seed=3, dynamic_sampling_max_rounds=limit, **fields)
+    return Refill(args, torch.tensor(weights))
 
 
 def test_groups_of_equal_rewards_are_replaced_in_order() -> None:
@@ -67,6 +68,17 @@ def test_a_round_that_cannot_be_filled_says_so() -> None:
 def test_a_group_with_one_scored_completion_teaches_nothing() -> None:
     _, metrics = refill(limit=1).filled(drawn([[float("nan"), 1.0]], "a"), _never, PROMPTS, 1)
     assert metrics["dynamic_sampling/kept"] == 0
+
+
+@pytest.mark.parametrize(("aggregation", "kept"), [("sum_then_normalize", 1 / 3), ("normalize_then_sum", 2 / 3)])
+def test_a_group_teaches_by_what_its_advantages_are_taken_of(aggregation: str, kept: float) -> None:
+    sampled = drawn([[0.0, 0.0]] * 3, "a")
+    # Equal sums of unequal rewards; unequal sums; what differs has no weight.
+    rewards = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 2.0]]
+    sampled = sampled._replace(scored=replace(sampled.scored, rewards=torch.tensor(rewards)))
+    filler = refill(limit=1, weights=(1.0, 1.0, 0.0), multi_objective_aggregation=aggregation)
+    _, metrics = filler.filled(sampled, _never, PROMPTS, 3)
+    assert metrics["dynamic_sampling/kept"] == pytest.approx(kept)
 
 
 def _never(prompts: list[dict[str, Any]], part: int) -> Sampled:
