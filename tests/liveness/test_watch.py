@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megalign import liveness
 from megalign.liveness import node
+from megalign.liveness.launcher import started
 from megalign.failure import report_error
 
 class Store:  # what torch.distributed's does, through files
@@ -48,6 +49,30 @@ def as_torch_does(previous, *error):  # its hook, which init_process_group sets
     text, sys.stderr = sys.stderr.getvalue(), sys.__stderr__
     sys.stderr.write(f"[rank{rank}]: {text}")
 
+def fails_in_a_stall():  # in which rank 0 dies; nothing of this process runs until the wait for a verdict is over
+    mine, begun, held = liveness.watch._watch._node, threading.Event(), threading.Event()
+    look = mine.dead
+
+    def began_before_the_death():
+        mine.dead, found = look, look()
+        begun.set()
+        held.wait()
+        return found
+
+    mine.dead = began_before_the_death
+    begun.wait()
+    Path("looking").touch()
+    while started(mine._alive[0].process):
+        time.sleep(0.01)
+    threading.Timer(0.3, held.set).start()
+    liveness.await_verdict(0.1)
+    os._exit(7)
+
+def dies_unseen():
+    while not Path("looking").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+
 node._PATIENCE = 1.0
 rank, world, how = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
 liveness.start(rank, world)
@@ -65,6 +90,7 @@ exec({
     "exits": "held(); exec('with liveness.limited(60, \\"out\\"): rank == 1 and sys.exit(3); time.sleep(60)')",
     "reports": "report_error('wrong') if rank == 1 else time.sleep(60)",
     "breaks": "rank == 1 and setattr(liveness.watch._watch._node, 'dead', lambda: {}[7]); time.sleep(60)",
+    "fails": "dies_unseen() if rank == 0 else fails_in_a_stall()",
     "stands": "exec('with liveness.limited(1, \\"out\\"): time.sleep(60)')",
 }[how.split()[-1]])
 """
@@ -153,6 +179,13 @@ def test_two_that_die_at_once_are_both_named(tmp_path: Path) -> None:
         assert job.statuses() == [-9, -9, 1]
     (line,) = error_lines(job.stderr)
     assert "rank 0 (" in line and "rank 1 (" in line and "have died" in line
+
+
+def test_a_collective_that_fails_waits_for_a_look_that_began_after_the_death(tmp_path: Path) -> None:
+    with ranks("fails", tmp_path, world=2) as job:
+        assert job.statuses() == [-9, 1]
+    (line,) = error_lines(job.stderr)
+    assert f"rank 0 (process {job.processes[0].pid}) has died" in line
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
