@@ -6,8 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
+from megalign import cli, failure
 from tests.jobs.start import environment, error_lines, run, run_together, torchrun
 
 REPORT = "import sys; from megalign.failure import report_error; report_error('wrong\\n  twice'); sys.exit(2)"
@@ -88,6 +92,23 @@ def test_two_agents_report_a_wrong_flag_once(tmp_path: Path) -> None:
     agents = run_together([[*agent, f"--node_rank={node}", *WRONG_FLAG] for node in (0, 1)], tmp_path)
     assert error_lines("".join(ended.stderr for ended in agents)) == [WRONG_FLAG_LINE]
     assert all(ended.status != 0 for ended in agents)
+    assert not any("failure.py" in ended.stderr for ended in agents)
+
+
+def test_a_rank_whose_first_nodes_agent_has_left_leaves_the_line_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(failure, "_PATIENCE", 0.5)
+    monkeypatch.setattr(failure, "_outlast_launcher", lambda: None)  # this process is no rank
+    with socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        agents = {"WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        place = {"RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(gone.getsockname()[1])}
+        for name, value in {**agents, **place}.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(list(WRONG_FLAG[2:])) == failure.EXIT_USER_ERROR
+    assert "megalign: error" not in capfd.readouterr().err
 
 
 TWICE = """
