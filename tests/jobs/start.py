@@ -113,6 +113,13 @@ def end_with_children(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def signalled_before(command: str, sent: str, place: Path) -> dict[str, str]:
+    """The environment of a bash script that gets a signal just before one of its commands, where nobody could aim."""
+    aims = place / "aims.sh"
+    aims.write_text("""set -T; trap '[[ $BASH_COMMAND != "$AIMED_AT" ]] || kill -s "$SENT" $$' DEBUG\n""")
+    return {"BASH_ENV": str(aims), "AIMED_AT": command, "SENT": sent}
+
+
 def _text_file() -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
