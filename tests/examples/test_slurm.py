@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.jobs.inputs import save_model, sums, write_rows
-from tests.jobs.start import ROOT, Ended, end_with_children, environment, free_port, run, signalled_before
+from tests.jobs.start import ROOT, Ended, end_with_children, environment, run, signalled_before
 from tests.trainers.runs import metric_lines
 
 SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"))
@@ -59,7 +59,7 @@ def job(tmp_path: Path, nodes: int, ranks_per_node: int) -> dict[str, str]:
     return {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(free_port() - 20000),  # the script makes a port of it
+        "SLURM_JOB_ID": str(os.getpid()),  # of which the script makes a port that no socket is given unasked
         "SLURM_JOB_NODELIST": "node[01-02]",
         "SLURM_JOB_NUM_NODES": str(nodes),
         "SLURM_GPUS_ON_NODE": str(ranks_per_node),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.jobs.start import free_port
+from megalign.launch import hold_port
 from tests.ranks import _CONTEXT
 
 
@@ -59,8 +59,8 @@ def forked_job(
 
     With several `nodes` no rank finds another one's file, as on nodes of their own.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        place, port = Path(directory), free_port()
+    with tempfile.TemporaryDirectory() as directory, hold_port() as held:
+        place, port = Path(directory), held.getsockname()[1]
         for name in ("stdout", "stderr", *map(str, range(nodes))):
             (place / name).mkdir() if name.isdigit() else (place / name).touch()
         given = (str(cwd), place, [str(word) for word in words], first)
