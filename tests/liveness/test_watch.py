@@ -73,15 +73,16 @@ def dies_unseen():
         time.sleep(0.01)
     os.kill(os.getpid(), 9)
 
-node._PATIENCE = 1.0
 rank, world, how = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
 liveness.start(rank, world)
 if "joined" in how:
     sys.excepthook = partial(as_torch_does, sys.excepthook)
     liveness.join(Store())
 if "dies" in how:
+    node._PATIENCE = 1.0
     exec("os.kill(os.getpid(), 9)" if rank == 0 else "time.sleep(60)")
 everybody("here")
+node._PATIENCE = 1.0  # no earlier: until all have come, a file may be of one that still starts
 time.sleep(0.6)  # everybody has looked at everybody
 exec({
     "waits": "time.sleep(60)",
@@ -148,6 +149,12 @@ def wait_until_all_are_here(place: Path, world: int = 3) -> None:
     time.sleep(0.6)
 
 
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(("how", "nodes"), [("waits", 1), ("joined waits", 3)])
 def test_a_killed_rank_is_named_by_every_node_and_ends_all(how: str, nodes: int, victim: int, tmp_path: Path) -> None:
@@ -172,9 +179,10 @@ def test_a_rank_that_died_before_another_came_is_named(tmp_path: Path) -> None:
 def test_two_that_die_at_once_are_both_named(tmp_path: Path) -> None:
     with ranks("waits", tmp_path) as job:
         wait_until_all_are_here(tmp_path)
-        job.processes[2].send_signal(signal.SIGSTOP)  # or it might see the first before the second has died
-        for victim in (0, 1):
-            os.kill(job.processes[victim].pid, signal.SIGKILL)
+        stop(job.processes[1:])  # or they might see the first before the second has died
+        for victim in job.processes[:2]:
+            victim.kill()
+            os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
         job.processes[2].send_signal(signal.SIGCONT)
         assert job.statuses() == [-9, -9, 1]
     (line,) = error_lines(job.stderr)
@@ -242,6 +250,7 @@ def test_standing_still_leaves_every_ranks_stack(nodes: int, tmp_path: Path) -> 
 def test_what_an_earlier_job_of_the_same_launcher_left_ends_nobody(tmp_path: Path) -> None:
     with ranks("waits", tmp_path) as job:
         wait_until_all_are_here(tmp_path)
+        stop(job.processes)  # or one might see another's death, and leave
         for process in job.processes:
             process.kill()
         job.statuses()
