@@ -100,9 +100,14 @@ def _rank(environ: dict[str, str], cwd: str, place: Path, words: list[str], firs
     tempfile.tempdir = environ["TMPDIR"]  # the server knows its own already
     import torch
 
+    from megalign import liveness
     from megalign.cli import main
 
     torch.set_num_threads(1)
     if first is not None:
         first()
-    sys.exit(main(words))
+    try:
+        sys.exit(main(words))
+    except SystemExit:  # what another exception ends is a death
+        liveness.leave()  # Python does at its exit, but not at a fork's, and who leaves would count as dead
+        raise
