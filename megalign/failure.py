@@ -15,6 +15,7 @@ from megalign.errors import UserError
 from megalign.liveness.launcher import path_of_launcher
 
 EXIT_USER_ERROR = 2
+_PATIENCE = 30.0  # seconds in which the store of several torchrun agents must answer
 
 
 def report_error(message: str) -> None:
@@ -146,5 +147,9 @@ def _first_node_by_agent() -> bool:
     from torch.distributed import TCPStore
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-    return store.add(f"megalign/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    try:
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=_PATIENCE))
+        return store.add(f"megalign/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except RuntimeError:
+        # The store's host, the first node's agent, has left; what made it leave is its own to report.
+        return False

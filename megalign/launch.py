@@ -18,6 +18,8 @@ from datetime import timedelta
 
 from megalign.errors import UserError
 
+_held: list[socket.socket] = []  # this process's own, until it ends
+
 
 def prepare_environment(environ: MutableMapping[str, str] = os.environ) -> int:
     """Fills in RANK and its companions where nobody has; returns the world size."""
@@ -63,18 +65,30 @@ def _in_slurm_step(environ: MutableMapping[str, str]) -> bool:
 
 
 def alone() -> dict[str, str]:
-    """The variables of a job of one rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    """The variables of a job of one rank; its port is held until another one is asked for."""
+    while _held:
+        _held.pop().close()
+    _held.append(hold_port())
     return {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(_held[-1].getsockname()[1]),
     }
+
+
+def hold_port() -> socket.socket:
+    """A socket at a port of this machine that nobody else is given while it is open.
+
+    It is bound, which a port that is only looked up is not when the job's first rank comes to listen at it; and it does
+    not listen itself, so that torch.distributed's store may, which allows for that as this socket does.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 def _slurm(environ: MutableMapping[str, str]) -> dict[str, str]:

@@ -11,13 +11,14 @@ import atexit
 import datetime
 import multiprocessing as mp
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
+
+from megalign.launch import hold_port
 
 _CONTEXT = mp.get_context("forkserver")
 # What every worker would import anyway: paid once, in the server they are forked from.
@@ -33,13 +34,13 @@ class RanksError(AssertionError):
 
 class _Pool:
     def __init__(self, world: int) -> None:
-        port = _free_port()
+        self._port = hold_port()
         self.last_used = time.monotonic()
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
             here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(there, rank, world, port))
+            process = _CONTEXT.Process(target=_serve, args=(there, rank, world, self._port.getsockname()[1]))
             with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # read by the server, which the first one starts
                 process.start()
             there.close()
@@ -88,6 +89,7 @@ class _Pool:
             process.join(max(0.0, end - time.monotonic()))
             process.kill()
             process.join()
+        self._port.close()
 
 
 _POOLS: dict[int, _Pool] = {}
@@ -150,12 +152,6 @@ def _on_host(result: Any) -> Any:
 def _close_pools() -> None:
     for pool in _POOLS.values():
         pool.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _serve(pipe: Connection, rank: int, world: int, port: int) -> None:

@@ -61,24 +61,30 @@ both_lanes() {
     [[ $# -gt 0 ]] || tests=("${ALONE[@]/#/--ignore=}")
     words=$(mktemp)
     trap 'rm -f "$words"' EXIT
+    # Before there is a lane: a signal between the two would end this shell alone.
+    trap 'stop INT 130' INT
+    trap 'stop TERM 143' TERM
     set -m # a lane is a process group, which a signal ends as a whole
     second_lane "$@" < /dev/null > "$words" 2>&1 &
     second=$!
     run "${tests[@]}" < /dev/null &
     first=$!
-    trap 'stop INT 130' INT
-    trap 'stop TERM 143' TERM
     wait "$first" || failed=$?
     wait "$second" || failed=$?
     cat "$words"
     return "$failed"
 }
 
-# The first lane hears the signal, and tells after an interrupt what it has found so far; the second has no reader.
+# The first lane hears the signal, and tells after an interrupt what it has found so far; the second has no reader. A
+# lane that has only just begun may have no name yet.
 stop() {
     trap '' INT TERM
-    kill -s "$1" -- "-$first" 2> /dev/null || true
-    kill -s TERM -- "-$second" 2> /dev/null || true
+    local lane sent
+    for lane in $(jobs -p); do
+        sent=TERM
+        [[ $lane != "${first:-}" ]] || sent=$1
+        kill -s "$sent" -- "-$lane" 2> /dev/null || true
+    done
     wait 2> /dev/null || true
     exit "$2"
 }

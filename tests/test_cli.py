@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import resource
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -219,12 +221,16 @@ def test_help_and_wrong_flags_answer_without_torch_or_transformers(words):
 
 
 def test_help_takes_well_under_a_second():
-    def seconds() -> float:
-        started = time.perf_counter()
-        run("ppo", "--help")
-        return time.perf_counter() - started
+    # By what it computes, beside what reading YAML does: the clock would tell of the machine's other processes.
+    def seconds(act: Callable[[], object]) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        act()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 1.0
+    read_yaml = partial(subprocess.run, [sys.executable, "-c", "import yaml"], check=True, timeout=60)
+    least = min(seconds(read_yaml) for _ in range(3))
+    assert min(seconds(lambda: run("ppo", "--help")) for _ in range(3)) < 6 * least
 
 
 def test_a_mistake_is_one_line_and_status_2():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
+
+from megalign import cli, failure
+from megalign.launch import hold_port
 from tests.jobs.start import environment, error_lines, run, run_together, torchrun
 
 REPORT = "import sys; from megalign.failure import report_error; report_error('wrong\\n  twice'); sys.exit(2)"
@@ -81,13 +85,27 @@ def test_the_line_comes_before_torchruns_own_report(tmp_path: Path) -> None:
 
 
 def test_two_agents_report_a_wrong_flag_once(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = ["--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={probe.getsockname()[1]}"]
+    meeting = ["--nnodes=2", "--master_addr=127.0.0.1", "--master_port={port}"]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *meeting]
     agents = run_together([[*agent, f"--node_rank={node}", *WRONG_FLAG] for node in (0, 1)], tmp_path)
     assert error_lines("".join(ended.stderr for ended in agents)) == [WRONG_FLAG_LINE]
     assert all(ended.status != 0 for ended in agents)
+    assert not any("failure.py" in ended.stderr for ended in agents)
+
+
+def test_a_rank_whose_first_nodes_agent_has_left_leaves_the_line_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(failure, "_PATIENCE", 0.5)
+    monkeypatch.setattr(failure, "_outlast_launcher", lambda: None)  # this process is no rank
+    with hold_port() as gone:
+        agents = {"WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        place = {"RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(gone.getsockname()[1])}
+        for name, value in {**agents, **place}.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(list(WRONG_FLAG[2:])) == failure.EXIT_USER_ERROR
+    assert "megalign: error" not in capfd.readouterr().err
 
 
 TWICE = """

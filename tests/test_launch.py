@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 
 import pytest
@@ -94,7 +95,10 @@ def test_one_process_is_a_job_of_one_rank(environ):
     environ = dict(environ)
     assert prepare_environment(environ) == 1
     assert (environ["RANK"], environ["LOCAL_RANK"], environ["MASTER_ADDR"]) == ("0", "0", "127.0.0.1")
-    assert int(environ["MASTER_PORT"]) > 0
+    port = int(environ["MASTER_PORT"])
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))  # as if it were given to somebody else before this rank listens at it
+    socket.create_server(("127.0.0.1", port)).close()  # which allows for sockets that do not listen, as torch's does
 
 
 @pytest.mark.parametrize(

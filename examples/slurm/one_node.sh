@@ -13,12 +13,22 @@ hand_on() (
     done
 )
 
+# A signal that comes before the agent has a name is told it then.
+tell() {
+    [[ -n $agent ]] || return 0
+    [[ -z $ended ]] || { ended=''; kill -TERM "$agent"; }
+    [[ $asked != now ]] || { asked=done; hand_on & }
+}
+
+# Before there is an agent: a signal between the two would end this script alone.
+agent='' asked='' ended=''
+trap 'asked=${asked:-now}; tell' USR1
+trap 'ended=now; tell' TERM
+
 # What is ignored stays so for torchrun and for its ranks until they train: the signal would end those that start.
 (trap '' USR1 && exec .venv/bin/torchrun "$@") &
 agent=$!
-asked=
-trap '[[ -n $asked ]] || { asked=1; hand_on & }' USR1
-trap 'kill -TERM "$agent"' TERM
+tell
 
 while kill -0 "$agent" 2>/dev/null; do wait "$agent"; done  # a trap ends a wait too
 wait "$agent"

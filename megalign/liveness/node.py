@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +80,9 @@ class Node:
 
     def announce(self, reason: Reason) -> bool:
         """Tells the node's ranks to leave; whether this rank is the first to say so."""
-        unfinished = self._mine.with_suffix(".reason")
+        # A file of this thread's: the one that trains and the watch may speak at once, and what either writes into a
+        # file that is linked already is what the others read.
+        unfinished = self._mine.with_suffix(f".{threading.get_ident()}.reason")
         try:
             unfinished.write_text(reason.to_line())
             os.link(unfinished, self._directory / _REASON)  # whole, and only if there is none

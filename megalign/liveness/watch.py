@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ class Watch:
         self._stacks: Path | None = None
         self._over = threading.Event()
         self._failed = self._waited = False
+        self._looks = 0  # that found nothing
         self._ending = threading.Lock()
         if not faulthandler.is_enabled():
             faulthandler.enable(file=2)  # NCCL's own watchdog aborts the process
@@ -97,10 +99,19 @@ class Watch:
         self._thread.join(5.0)
 
     def await_verdict(self, seconds: float) -> None:
-        """Gives the watch time, once, to see who died; it ends this process then."""
-        if not self._waited:
-            self._waited = True
-            self._over.wait(seconds)
+        """Gives the watch time, once, to see who died; it ends this process then.
+
+        The clock alone would not do: where nothing of this process has run for a while, both threads are due at once,
+        and the one that failed would take a death that the watch has not looked for yet for another rank's error. A
+        look may have begun before the call, the second cannot.
+        """
+        if self._waited:
+            return
+        self._waited = True
+        end, looks = time.monotonic() + seconds, self._looks + 2
+        while time.monotonic() < end or (self._looks < looks and self._thread.is_alive()):  # a fork has no watch
+            if self._over.wait(0.1):
+                return
 
     def _run(self) -> None:
         try:
@@ -108,6 +119,7 @@ class Watch:
                 reason = self._news()
                 if reason is not None and not self._over.is_set():
                     self._end(reason)
+                self._looks += 1
         except Exception as error:  # whatever it is: without its watch this rank would wait for the dead
             if not self._over.is_set():
                 self._end(self._failed_itself(error))

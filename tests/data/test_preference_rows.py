@@ -42,6 +42,7 @@ from tests.data.preference_rows import (
     trl_reward_pairs,
 )
 from tests.data.tokenizers_made_here import TEMPLATES, make_tokenizer, marked, unmarked
+from tests.fuzzing import fuzzing
 
 CHATML = unmarked(TEMPLATES["chatml"])
 PREPARE = {"dpo": prepare_pairs, "orpo": prepare_orpo_pairs, "reward": prepare_reward_pairs}
@@ -73,6 +74,7 @@ def test_the_shared_prompt_is_trls(form: str) -> None:
         assert expected["chosen"] and expected["rejected"]
 
 
+@fuzzing(100)
 @given(st.text("ab ", min_size=1, max_size=6), st.text("ab ", min_size=1, max_size=6))
 def test_the_shared_prompt_of_any_two_texts_is_trls(chosen: str, rejected: str) -> None:
     expected = extract_prompt({"chosen": chosen, "rejected": rejected})

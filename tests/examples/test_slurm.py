@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.jobs.inputs import save_model, sums, write_rows
-from tests.jobs.start import ROOT, Ended, end_with_children, environment, free_port, run
+from tests.jobs.start import ROOT, Ended, end_with_children, environment, run, signalled_before
 from tests.trainers.runs import metric_lines
 
 SCRIPTS = sorted(path.name for path in (ROOT / "examples/slurm").glob("*.sbatch"))
@@ -59,7 +59,7 @@ def job(tmp_path: Path, nodes: int, ranks_per_node: int) -> dict[str, str]:
     return {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(free_port() - 20000),  # the script makes a port of it
+        "SLURM_JOB_ID": str(os.getpid()),  # of which the script makes a port that no socket is given unasked
         "SLURM_JOB_NODELIST": "node[01-02]",
         "SLURM_JOB_NUM_NODES": str(nodes),
         "SLURM_GPUS_ON_NODE": str(ranks_per_node),
@@ -151,12 +151,34 @@ time.sleep(60)
 """
 
 
-def test_a_nodes_ranks_hear_a_signal_that_came_before_they_listened(tmp_path: Path) -> None:
-    torchrun = tmp_path / ".venv" / "bin" / "torchrun"
-    torchrun.parent.mkdir(parents=True)
-    torchrun.write_text(TORCHRUN)
-    torchrun.chmod(0o755)
+WAITS = "#!/bin/sh\nexec sleep 60\n"
+
+
+def stand_in(tmp_path: Path, torchrun: str) -> None:
     (tmp_path / "rank.py").write_text(RANK)
+    path = tmp_path / ".venv" / "bin" / "torchrun"
+    path.parent.mkdir(parents=True)
+    path.write_text(torchrun)
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("sent", "torchrun", "status"), [("USR1", TORCHRUN, 56), ("TERM", WAITS, 143)], ids=["USR1", "TERM"]
+)
+def test_a_signal_that_comes_before_the_agent_has_a_name_is_handed_on(
+    sent: str, torchrun: str, status: int, tmp_path: Path
+) -> None:
+    stand_in(tmp_path, torchrun)
+    environ = environment(**signalled_before("agent=$!", sent, tmp_path))
+    node = subprocess.Popen(["bash", str(ROOT / "examples/slurm/one_node.sh")], cwd=tmp_path, env=environ)
+    try:
+        assert node.wait(50) == status
+    finally:
+        end_with_children(node)
+
+
+def test_a_nodes_ranks_hear_a_signal_that_came_before_they_listened(tmp_path: Path) -> None:
+    stand_in(tmp_path, TORCHRUN)
     notes = [tmp_path / f"rank{number}" for number in (5, 6)]
     node = subprocess.Popen(["bash", str(ROOT / "examples/slurm/one_node.sh")], cwd=tmp_path)
     try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.jobs.start import free_port
+from megalign.launch import hold_port
 from tests.ranks import _CONTEXT
 
 
@@ -59,8 +59,8 @@ def forked_job(
 
     With several `nodes` no rank finds another one's file, as on nodes of their own.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        place, port = Path(directory), free_port()
+    with tempfile.TemporaryDirectory() as directory, hold_port() as held:
+        place, port = Path(directory), held.getsockname()[1]
         for name in ("stdout", "stderr", *map(str, range(nodes))):
             (place / name).mkdir() if name.isdigit() else (place / name).touch()
         given = (str(cwd), place, [str(word) for word in words], first)
@@ -100,9 +100,14 @@ def _rank(environ: dict[str, str], cwd: str, place: Path, words: list[str], firs
     tempfile.tempdir = environ["TMPDIR"]  # the server knows its own already
     import torch
 
+    from megalign import liveness
     from megalign.cli import main
 
     torch.set_num_threads(1)
     if first is not None:
         first()
-    sys.exit(main(words))
+    try:
+        sys.exit(main(words))
+    except SystemExit:  # what another exception ends is a death
+        liveness.leave()  # Python does at its exit, but not at a fork's, and who leaves would count as dead
+        raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+from megalign.launch import hold_port
 
 ROOT = Path(__file__).parents[2]
 # A launcher's variables must not leak from the tests' own environment into a job.
@@ -60,8 +61,8 @@ def megalign(*words: object) -> list[str]:
 
 
 def torchrun(ranks: int, *command: object, nodes: int = 1) -> list[str]:
-    """torchrun with `ranks` ranks on this node; several nodes meet at the port in {port}."""
-    meeting = ["--master_port", "{port}"]
+    """torchrun with `ranks` ranks on this node, at a port of its own; several nodes meet at the port in {port}."""
+    meeting = ["--standalone", "--local_addr", "127.0.0.1"]
     if nodes > 1:
         meeting = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_id", "job", "--local_addr", "127.0.0.1"]
         meeting += ["--rdzv_endpoint", "127.0.0.1:{port}"]
@@ -81,8 +82,8 @@ def run_together(
     timeout: float = 240,
 ) -> list[Ended]:
     """Several processes side by side, which must all be over after `timeout` seconds."""
-    port = str(free_port())
     with contextlib.ExitStack() as stack:
+        port = str(stack.enter_context(hold_port()).getsockname()[1])
         jobs = []
         for command, environ in zip(commands, environs or [{}] * len(commands), strict=True):
             words = [word.replace("{port}", port) for word in command]
@@ -111,6 +112,13 @@ def end_with_children(process: subprocess.Popen[bytes]) -> None:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             one.kill()
     process.wait()
+
+
+def signalled_before(command: str, sent: str, place: Path) -> dict[str, str]:
+    """The environment of a bash script that gets a signal just before one of its commands, where nobody could aim."""
+    aims = place / "aims.sh"
+    aims.write_text("""set -T; trap '[[ $BASH_COMMAND != "$AIMED_AT" ]] || kill -s "$SENT" $$' DEBUG\n""")
+    return {"BASH_ENV": str(aims), "AIMED_AT": command, "SENT": sent}
 
 
 def _text_file() -> IO[str]:
@@ -142,10 +150,3 @@ def environment(**changes: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")])),
         **changes,
     }
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

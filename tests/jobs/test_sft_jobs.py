@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megalign.launch import hold_port
 from tests.jobs.inputs import save_model, sums, write_rows, write_yaml
-from tests.jobs.start import free_port, megalign, run, run_together, torchrun
+from tests.jobs.start import megalign, run, run_together, torchrun
 from tests.tiny import load_reference
 from tests.trainers.runs import digest, metric_lines
 
@@ -87,9 +88,9 @@ def test_srun_resumes_the_latest_whole_checkpoint_to_the_same_end(here: Path, wh
     (path / "model.safetensors").unlink()
     words = ["--config", here / "run.yaml", "--per_device_train_batch_size", "2", "--output_dir", path]
     command = megalign("sft", *words, "--resume_from_checkpoint", "latest")
-    port = free_port()
-    environs = [slurm_task(rank, port) for rank in range(2)]
-    first, second = run_together([command, command], here, environs)
+    with hold_port() as held:
+        environs = [slurm_task(rank, held.getsockname()[1]) for rank in range(2)]
+        first, second = run_together([command, command], here, environs)
     first.succeeded()
     second.succeeded()
     assert f"megalign: resumed from {path / 'checkpoint-2'}" in first.stdout

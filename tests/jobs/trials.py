@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megalign.launch import hold_port
 from megalign.liveness.launcher import started
+from tests.jobs import start
 from tests.jobs.forked import forked_job
-from tests.jobs.start import environment, free_port
 from tests.trainers.runs import digest, metric_lines
 
 LIMIT = 45.0  # seconds until the others must be gone
@@ -148,7 +149,11 @@ def _started(commands: Sequence[Sequence[str]], cwd: Path, environs: Sequence[di
         job = Started(
             [
                 subprocess.Popen(
-                    command, cwd=cwd, env=environment(TMPDIR=place, **environ), stdout=subprocess.DEVNULL, stderr=stderr
+                    command,
+                    cwd=cwd,
+                    env=start.environment(TMPDIR=place, **environ),
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
                 )
                 for command, environ in zip(commands, environs, strict=True)
             ],
@@ -160,19 +165,19 @@ def _started(commands: Sequence[Sequence[str]], cwd: Path, environs: Sequence[di
             job.end()
 
 
-def plain(words: Sequence[object], cwd: Path, ranks: int) -> contextlib.AbstractContextManager[Job]:
+@contextlib.contextmanager
+def plain(words: Sequence[object], cwd: Path, ranks: int) -> Iterator[Job]:
     """As srun starts them, without its --kill-on-bad-exit."""
-    command = [sys.executable, "-m", "megalign", *map(str, words)]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environs = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return _started([command] * ranks, cwd, environs)
+    with hold_port() as held:
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+        environs = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        with _started([start.megalign(*words)] * ranks, cwd, environs) as job:
+            yield job
 
 
 def torchrun(words: Sequence[object], cwd: Path, ranks: int) -> contextlib.AbstractContextManager[Started]:
     """One agent."""
-    meeting = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "megalign", *map(str, words)]
-    return _started([command], cwd, [{}])
+    return _started([start.torchrun(ranks, "-m", "megalign", *words)], cwd, [{}])
 
 
 LAUNCHERS: dict[str, Start] = {"forked": forked, "plain": plain, "torchrun": torchrun}

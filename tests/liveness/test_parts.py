@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_a_reason_that_cannot_be_written_keeps_nobody(place: Path) -> None:
     assert mine.announce(Reason(status=1)) is True
     assert mine.reason() is None and mine.dead() == []
     mine.leave()
+
+
+def test_a_second_thread_that_speaks_leaves_what_the_first_has_said(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, link, heard = node.Node(0, 2, job="a"), os.link, []
+
+    def link_and_speak(*given: Any) -> None:
+        link(*given)  # where there is a reason already, the second's raises here
+        with ThreadPoolExecutor() as watch:
+            heard.append(watch.submit(mine.announce, Reason(status=2)).result())
+
+    monkeypatch.setattr(os, "link", link_and_speak)
+    assert mine.announce(Reason(status=1)) is True
+    assert heard == [False] and mine.reason() == Reason(status=1)
+    assert [file.name for file in mine._directory.iterdir() if file.name not in ("0", "reason")] == []
 
 
 def test_a_watch_that_is_late_sets_no_timer_of_a_run_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

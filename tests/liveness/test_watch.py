@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megalign import liveness
 from megalign.liveness import node
+from megalign.liveness.launcher import started
 from megalign.failure import report_error
 
 class Store:  # what torch.distributed's does, through files
@@ -48,15 +49,40 @@ def as_torch_does(previous, *error):  # its hook, which init_process_group sets
     text, sys.stderr = sys.stderr.getvalue(), sys.__stderr__
     sys.stderr.write(f"[rank{rank}]: {text}")
 
-node._PATIENCE = 1.0
+def fails_in_a_stall():  # in which rank 0 dies; nothing of this process runs until the wait for a verdict is over
+    mine, begun, held = liveness.watch._watch._node, threading.Event(), threading.Event()
+    look = mine.dead
+
+    def began_before_the_death():
+        mine.dead, found = look, look()
+        begun.set()
+        held.wait()
+        return found
+
+    mine.dead = began_before_the_death
+    begun.wait()
+    Path("looking").touch()
+    while started(mine._alive[0].process):
+        time.sleep(0.01)
+    threading.Timer(0.3, held.set).start()
+    liveness.await_verdict(0.1)
+    os._exit(7)
+
+def dies_unseen():
+    while not Path("looking").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+
 rank, world, how = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
 liveness.start(rank, world)
 if "joined" in how:
     sys.excepthook = partial(as_torch_does, sys.excepthook)
     liveness.join(Store())
 if "dies" in how:
+    node._PATIENCE = 1.0
     exec("os.kill(os.getpid(), 9)" if rank == 0 else "time.sleep(60)")
 everybody("here")
+node._PATIENCE = 1.0  # no earlier: until all have come, a file may be of one that still starts
 time.sleep(0.6)  # everybody has looked at everybody
 exec({
     "waits": "time.sleep(60)",
@@ -65,6 +91,7 @@ exec({
     "exits": "held(); exec('with liveness.limited(60, \\"out\\"): rank == 1 and sys.exit(3); time.sleep(60)')",
     "reports": "report_error('wrong') if rank == 1 else time.sleep(60)",
     "breaks": "rank == 1 and setattr(liveness.watch._watch._node, 'dead', lambda: {}[7]); time.sleep(60)",
+    "fails": "dies_unseen() if rank == 0 else fails_in_a_stall()",
     "stands": "exec('with liveness.limited(1, \\"out\\"): time.sleep(60)')",
 }[how.split()[-1]])
 """
@@ -122,6 +149,12 @@ def wait_until_all_are_here(place: Path, world: int = 3) -> None:
     time.sleep(0.6)
 
 
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(("how", "nodes"), [("waits", 1), ("joined waits", 3)])
 def test_a_killed_rank_is_named_by_every_node_and_ends_all(how: str, nodes: int, victim: int, tmp_path: Path) -> None:
@@ -146,13 +179,21 @@ def test_a_rank_that_died_before_another_came_is_named(tmp_path: Path) -> None:
 def test_two_that_die_at_once_are_both_named(tmp_path: Path) -> None:
     with ranks("waits", tmp_path) as job:
         wait_until_all_are_here(tmp_path)
-        job.processes[2].send_signal(signal.SIGSTOP)  # or it might see the first before the second has died
-        for victim in (0, 1):
-            os.kill(job.processes[victim].pid, signal.SIGKILL)
+        stop(job.processes[1:])  # or they might see the first before the second has died
+        for victim in job.processes[:2]:
+            victim.kill()
+            os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
         job.processes[2].send_signal(signal.SIGCONT)
         assert job.statuses() == [-9, -9, 1]
     (line,) = error_lines(job.stderr)
     assert "rank 0 (" in line and "rank 1 (" in line and "have died" in line
+
+
+def test_a_collective_that_fails_waits_for_a_look_that_began_after_the_death(tmp_path: Path) -> None:
+    with ranks("fails", tmp_path, world=2) as job:
+        assert job.statuses() == [-9, 1]
+    (line,) = error_lines(job.stderr)
+    assert f"rank 0 (process {job.processes[0].pid}) has died" in line
 
 
 @pytest.mark.parametrize("nodes", [1, 3])
@@ -209,6 +250,7 @@ def test_standing_still_leaves_every_ranks_stack(nodes: int, tmp_path: Path) -> 
 def test_what_an_earlier_job_of_the_same_launcher_left_ends_nobody(tmp_path: Path) -> None:
     with ranks("waits", tmp_path) as job:
         wait_until_all_are_here(tmp_path)
+        stop(job.processes)  # or one might see another's death, and leave
         for process in job.processes:
             process.kill()
         job.statuses()

@@ -50,7 +50,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
         bf16=False,
     )
     groups = initialize(args)
-    before, segments = _process_state(), _segments()
+    before = _process_state()
     seen: dict[str, Any] = {"seconds": {}}
     timed = _timer(seen["seconds"])
     with timed("start"):
@@ -108,7 +108,7 @@ def observe(path: str, vllm_tp: int) -> dict[str, Any]:
     with awake(engine):
         seen["after_sleep"] = sample()
     seen["asleep_again"] = sorted(engine._asleep)
-    seen["shared_memory"] = sorted(_segments() - segments)
+    seen["shared_memory"] = _segments()
     return seen
 
 
@@ -127,9 +127,10 @@ def _held_bytes() -> int:
     return total - free
 
 
-def _segments() -> set[str]:
-    """Names of vLLM's tensor-parallel segments; those of a job killed while it started stay for ever."""
-    return {name for name in os.listdir("/dev/shm") if "cpushm" in name}
+def _segments() -> list[str]:
+    """Names of the tensor-parallel segments of this job's vLLM, which knows the job by a name on CPUs only."""
+    job = os.environ.get("VLLM_DIST_IDENT")
+    return [name for name in os.listdir("/dev/shm") if job is not None and name.startswith(f"{job}-")]
 
 
 def _touch_kv_cache(engine: Any) -> None:

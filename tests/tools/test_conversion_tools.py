@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -78,6 +77,23 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert lines[0].startswith("megalign: error: checkpoint directory") and "does not exist" in lines[0]
 
 
+# A tool that comes no further than to the first of the bytes that it copies.
+HELD = """
+import os, runpy, sys, time
+send, sent = os.sendfile, []
+
+def send_once(*given):
+    if sent:
+        time.sleep(600)
+    sent.append(send(*given))
+    return sent[0]
+
+os.sendfile = send_once
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("name", ["hf_to_megatron", "megatron_to_hf"])
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(name: str, tmp_path: Path) -> None:
     make_model(tmp_path / "model", config_of(12, 512, 2048, 8, 4, 4000), max_shard_size=20 * 10**6)
@@ -88,15 +104,17 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(name: str, tmp_path
         words = ("--checkpoint", tmp_path / "megatron", "--output", tmp_path / "back", "--max-shard-size", "10MB")
         command = tool(name, *words)
     target = Path(command[command.index("--output") + 1])
-    process = subprocess.Popen(command, env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    held = [sys.executable, "-c", HELD, *command[1:]]
+    process = subprocess.Popen(held, env=ENVIRON, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     partial = target.parent / f".{target.name}.partial"
     end = time.monotonic() + 60
-    # Some bytes are written, and the end is far.
-    while not any(file.stat().st_size for file in partial.glob("*[0-9]*") if file.is_file()):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not any(file.stat().st_size for file in partial.glob("*[0-9]*") if file.is_file()):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
     assert not target.exists() and partial.exists()
     assert not (partial / "metadata.json").exists() and not list(partial.glob("model*"))
     assert ended(command).returncode == 0  # the same command begins anew

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import threading
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from megalign.config import SFTConfig
 from megalign.errors import UserError
-from megalign.liveness.pace import Pace
+from megalign.liveness import pace
 from megalign.trainers import hf_export
 from megalign.trainers.sft import SFTTrainer
 from tests.ranks import run_ranks
@@ -115,29 +116,33 @@ def test_a_stop_waits_for_no_export_and_no_evaluation(model: str, tmp_path: Path
 
 
 def test_waiting_for_an_export_is_not_standing_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter(range(8))
+    now, places = [0.0], []
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)  # its clock is not this one
+    watched = pace.Pace(0.8)
+    due, looked = threading.Lock(), threading.Lock()  # in C: a thread that waits for one is in no frame but its own
+    due.acquire(), looked.acquire()
+
+    def watch() -> None:
+        while due.acquire() and len(places) < 12:
+            now[0] += 0.5
+            places.append(watched.overdue())
+            looked.release()
 
     def from_first(look: Any, world: Any) -> bool:  # on a rank to which rank 0 tells in the end that it is made
-        time.sleep(0.2)
-        return next(looks, None) is None
+        due.release()
+        looked.acquire()
+        return len(places) == 12
 
     monkeypatch.setattr(hf_export, "from_first", from_first)
     monkeypatch.setattr(hf_export, "any_rank", lambda flags, world: flags)
     second = SimpleNamespace(world=SimpleNamespace(rank=1, size=2))
     exports = hf_export.HfExports(SimpleNamespace(output_dir=str(tmp_path)), second, lambda: False)  # type: ignore[arg-type]
     exports._step = 2
-    pace, places, over = Pace(0.8), [], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.05):
-            places.append(pace.overdue())
-
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
-    try:
-        assert exports.wait()
-    finally:
-        over.set()
-        watching.join()
-        pace.end()
-    assert len(places) > 10 and not any(places)
+    assert exports.wait()
+    due.release()
+    watching.join()
+    watched.end()
+    assert places == [None] * 12

@@ -87,7 +87,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_the_checkpoints(tmp_path:
 # ---- nodes that do not see the same
 
 
-def _find_beside_a_late_rank(output_dir: str, looks: int) -> tuple[str, list[str]]:
+def _find_beside_a_late_rank(output_dir: str, looks: int, patience: float = 60.0) -> tuple[str, list[str]]:
     """The last rank's first looks show the directory as it was before checkpoint-4 was written."""
     groups = initialize(SFTConfig(output_dir=output_dir, bf16=False, tensor_model_parallel_size=2))
     said: list[str] = []
@@ -97,7 +97,7 @@ def _find_beside_a_late_rank(output_dir: str, looks: int) -> tuple[str, list[str
     def read_late(path: Path) -> dict[str, Any] | None:
         return None if path.name == "checkpoint-4" and next(left, None) is not None else read(path)
 
-    with mock.patch.multiple(manifest, read_manifest=read_late, _PATIENCE=0.5):
+    with mock.patch.multiple(manifest, read_manifest=read_late, _PATIENCE=patience):
         try:
             return str(checkpoints.find("latest")), said
         except UserError as error:
@@ -111,7 +111,7 @@ def test_a_rank_that_sees_a_checkpoint_late_waits_for_it(tmp_path: Path) -> None
 
 def test_a_rank_that_never_sees_it_ends_the_run_on_all(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 4)
-    for told, _ in run_ranks(2, _find_beside_a_late_rank, str(tmp_path), 1000):
+    for told, _ in run_ranks(2, _find_beside_a_late_rank, str(tmp_path), 1000, 0.5):
         assert told.startswith(f"{tmp_path}/checkpoint-4/manifest.json is not on ") and "all nodes share" in told
 
 

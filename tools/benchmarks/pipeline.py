@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ from megalign.conversion.families import architecture_of
 from megalign.conversion.hf_files import read_config
 from megalign.data.collate import pack
 from megalign.errors import UserError
+from megalign.launch import hold_port
 from megalign.parallel.groups import end_distributed, initialize
 from megalign.train_engine import TrainEngine
 from tools.benchmarks import machine, report
@@ -220,13 +220,10 @@ class Fleet:
     def __init__(
         self, layout: Layout, model: Path, options: argparse.Namespace, scratch: str, keep: Callable[[Worker], Worker]
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.layout, self._ranks = layout, []
+        self.layout, self._ranks, self._port = layout, [], hold_port()
         for rank in range(layout.stages):
             environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": layout.stages, "LOCAL_WORLD_SIZE": layout.stages}
-            environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._port.getsockname()[1]}
             if not options.on_cuda:
                 environ["CUDA_VISIBLE_DEVICES"] = ""
             texts = {name: str(value) for name, value in environ.items()}
