@@ -13,8 +13,8 @@ from megalign.errors import UserError
 class RolloutConfig(Config):
     """Sampling, and vLLM inside the training ranks."""
 
-    temperature: float = option(1.0, above=0)
-    """Sampling temperature; the trainer's logprobs use the same."""
+    temperature: float = option(1.0, minimum=0.01)
+    """Sampling temperature; the trainer's logprobs use the same (vLLM samples no colder)."""
     top_p: float = option(1.0, above=0, maximum=1)
     """Sample from the most probable tokens that together have this probability; 1 is off."""
     top_k: int = option(0, minimum=-1)

@@ -15,6 +15,7 @@ import numbers
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,11 +233,15 @@ class _Scoring:
 
 
 def _arguments(completions: list[Completion], prompts: list[Any], texts: list[str]) -> dict[str, Any]:
-    """TRL's keyword arguments of a reward function; dataset columns are lists."""
+    """TRL's keyword arguments of a reward function; dataset columns are lists.
+
+    Each completion has a prompt and values of its own, as in TRL: a function may write into them, and neither the
+    other completions of the prompt nor a reward model reads that.
+    """
     columns = dict.fromkeys(name for completion in completions for name in completion.row if name not in _NOT_COLUMNS)
     return {
-        **{name: [completion.row.get(name) for completion in completions] for name in columns},
-        "prompts": prompts,
+        **{name: [deepcopy(completion.row.get(name)) for completion in completions] for name in columns},
+        "prompts": [deepcopy(prompt) for prompt in prompts],
         "completions": [_conversational(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
         "completion_ids": [list(completion.completion_ids) for completion in completions],
     }

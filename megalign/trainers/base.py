@@ -373,6 +373,7 @@ class Trainer:
         started = time.time()
         window = MetricsWindow()
         window.add(self.evaluation(rows))
+        window.set(num_tokens=self.state.num_input_tokens_seen)  # trained on so far, as in TRL
         metrics = {f"{prefix}_{name}": value for name, value in window.drain().items()}
         metrics.update(speed_metrics(prefix, started, num_samples=len(rows)))
         self.run.log_evaluation(metrics)

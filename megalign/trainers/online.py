@@ -127,8 +127,10 @@ class OnlineTrainer(Trainer):
         raise NotImplementedError
 
     def generation_params(self) -> GenerationParams:
-        """How completions are sampled; the tokenizer's end token ends one, beside the model's own."""
-        args, stop = self.args, self.processing_class.eos_token_id
+        """How completions are sampled; the tokenizer's end token ends one, beside the model's own, unless both are
+        to be ignored."""
+        args, extra = self.args, self.args.generation_kwargs or {}
+        stop = None if extra.get("ignore_eos") else self.processing_class.eos_token_id
         return GenerationParams(
             max_tokens=args.max_completion_length,
             temperature=args.temperature,
@@ -138,7 +140,7 @@ class OnlineTrainer(Trainer):
             repetition_penalty=args.repetition_penalty,
             structured_outputs_regex=args.vllm_structured_outputs_regex,
             stop_token_ids=() if stop is None else (stop,),
-            extra=args.generation_kwargs or {},
+            extra=extra,
         )
 
     def needs_reference(self) -> bool:

@@ -57,10 +57,19 @@ def as_dataset(
             f"{name} is a {type(dataset).__name__} of {', '.join(map(str, dataset))}; give one of its splits"
         )
     if isinstance(dataset, Dataset):
-        return dataset
+        return _read_once(dataset)
     if isinstance(dataset, Sequence) and all(isinstance(row, Mapping) for row in dataset):
         return as_table(dataset, skip_bad_rows=skip_bad_rows)
     raise UserError(f"{name} is a {type(dataset).__name__}; give a datasets.Dataset or a list of dicts")
+
+
+def _read_once(dataset: Dataset) -> Dataset:
+    """With what its with_transform makes of the rows now: the prompt that is sampled from and the one that is rewarded
+    must be of one reading, also where the transform draws."""
+    if dataset.format["type"] != "custom":
+        return dataset
+    options = {"remove_columns": dataset.column_names, "load_from_cache_file": False, "desc": "Reading rows"}
+    return dataset.map(dict, **options).with_format(None)
 
 
 class Rows:

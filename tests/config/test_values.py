@@ -95,6 +95,7 @@ def test_a_wrong_value_is_named_with_its_field_and_a_way_out(values):
         {"multi_objective_aggregation": "sum"},
         {"num_generations": 1},
         {"temperature": 0.0},
+        {"temperature": 0.001},
         {"top_p": 1.1},
         {"scale_rewards": "both"},
         {"disable_dropout": False},

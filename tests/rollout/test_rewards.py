@@ -70,6 +70,23 @@ def test_names_are_trls_and_each_is_of_one_function() -> None:
     assert distinct(["f", "f_2", "f"]) == ["f", "f_2", "f_3"]
 
 
+def test_what_a_function_writes_into_a_prompt_is_read_by_no_other_completion_or_model() -> None:
+    def judge(prompts: list[Any], completions: list[Any], tests: list[Any], **kwargs: Any) -> list[float]:
+        for prompt, completion, left in zip(prompts, completions, tests, strict=True):
+            prompt.append(completion[0])
+            left.pop()
+        return [float(len(prompt) + 10 * len(left)) for prompt, left in zip(prompts, tests, strict=True)]
+
+    prompt, row = [{"role": "user", "content": "Why?"}], {"tests": [1, 2, 3]}
+    given = completions(4)
+    for completion in given:
+        completion.row = row
+    runner = RewardRunner([judge], one_rank(), timeout=20)
+    found = runner(given, [prompt] * 4, ["text"] * 4, group_size=GROUP)
+    assert found.rewards.flatten().tolist() == [22.0] * 4
+    assert len(prompt) == 1 and row == {"tests": [1, 2, 3]}
+
+
 def test_functions_get_trls_arguments() -> None:
     seen: dict[str, Any] = {}
 

@@ -218,7 +218,7 @@ def test_evaluation_scores_every_prompt_once_and_disturbs_nothing(model: str, tm
     evaluations = [line for line in lines if "eval_reward" in line]
     assert [line["step"] for line in evaluations] == [0, 1, 2, 3, 4]
     names = {"eval_loss", "eval_reward", "eval_reward_std", "eval_rewards/closeness/mean", "eval_entropy"}
-    assert names | {"eval_completions/mean_length"} <= evaluations[0].keys()
+    assert names | {"eval_completions/mean_length", "eval_num_tokens"} <= evaluations[0].keys()
     assert all(name == "step" or name.startswith("eval_") for name in evaluations[0])
     # The same seeds each time: what changes between evaluations is the policy alone, which this sampler ignores.
     assert len({line["eval_reward"] for line in evaluations}) == 1

@@ -10,14 +10,23 @@ import pytest
 import torch
 
 from megalign.batch import Completion
+from megalign.config import GRPOConfig
 from megalign.data.rows import ROW_NUMBER
 from megalign.resharding.sync import Synced
 from megalign.rollout.engine import GenerationParams
 from megalign.rollout.rewards import RewardResult
 from megalign.trainers import sampling
+from megalign.trainers.online import OnlineTrainer
 from megalign.trainers.phases import Phases
 from megalign.trainers.reporting import MetricsWindow
 from megalign.trainers.sampling import Place, Sampling, completion_seeds
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_end_tokens_that_are_to_be_ignored_are_no_stop_tokens(ignored: bool) -> None:
+    args = GRPOConfig(output_dir="unused", bf16=False, generation_kwargs={"ignore_eos": True} if ignored else None)
+    trainer = SimpleNamespace(args=args, processing_class=SimpleNamespace(eos_token_id=2))
+    assert OnlineTrainer.generation_params(trainer).stop_token_ids == (() if ignored else (2,))
 
 
 class Recorder:

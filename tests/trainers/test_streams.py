@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,16 @@ def test_a_training_stream_is_read_as_far_as_it_is_needed() -> None:
 
 def test_an_evaluation_stream_is_read_whole_and_in_order() -> None:
     assert as_dataset(stream(2500), "eval_dataset")["n"] == list(range(2500))
+
+
+def test_what_a_transform_draws_is_read_once() -> None:
+    draws = itertools.count()
+    table = Dataset.from_list([{"a": 1, "left": 0}, {"a": 2, "left": 0}])
+    drawn = table.with_transform(lambda batch: {"b": [a * 100 + next(draws) for a in batch["a"]]})
+    rows = as_dataset(drawn, "train_dataset")
+    assert rows.column_names == ["b"] and rows.format["type"] is None
+    assert rows.to_list() == rows.to_list() and [row["b"] // 100 for row in rows] == [1, 2]
+    assert as_dataset(table, "train_dataset") is table
 
 
 def test_a_list_of_rows_has_the_columns_of_all_of_them() -> None:
