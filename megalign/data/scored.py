@@ -20,10 +20,8 @@ def pad_of(special_tokens: Mapping[str, int | None], config_pad: int | None) -> 
 def check_scored(ids: Sequence[int], pad: int | None, what: str) -> None:
     """UserError where a text has no token to take a score of; a sequence's first is never in the loss."""
     if _scored_place(ids, pad) == 0:
-        raise UserError(
-            f"{what} has {len(ids)} tokens ({list(ids)[:4]}) and a score needs one, not the first, that is no pad "
-            f"({pad}); fill it in or drop the row"
-        )
+        rule = "a score needs 2" if len(ids) < 2 else f"those behind the first are pads ({pad}), which have no score"
+        raise UserError(f"{what} has {len(ids)} tokens and {rule}; fill it in or drop the row")
 
 
 def scored_sequence(ids: Sequence[int], pad: int | None) -> dict[str, list[Any]]:
