@@ -189,6 +189,7 @@ def test_rows_become_tokens_and_none_is_too_long(kind: str, tokenizer: PreTraine
         processing_class=tokenizer,
         architecture=SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=8192),
         rows_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        _pad=tokenizer.pad_token_id,
     )
     _, name = cli.COMMANDS[kind].trainer.split(":")
     prepared = getattr(megalign, name).tokenized(trainer, rows, for_evaluation=False)
