@@ -19,17 +19,21 @@ def pad_of(special_tokens: Mapping[str, int | None], config_pad: int | None) -> 
 
 def check_scored(ids: Sequence[int], pad: int | None, what: str) -> None:
     """UserError where a text has no token to take a score of; a sequence's first is never in the loss."""
-    if _scored_place(ids, pad) == 0:
-        rule = "a score needs 2" if len(ids) < 2 else f"those behind the first are pads ({pad}), which have no score"
-        raise UserError(f"{what} has {len(ids)} tokens and {rule}; fill it in or drop the row")
+    if len(ids) < 2:
+        raise UserError(f"{what} has {len(ids)} tokens and a score needs 2; fill it in or drop the row")
+    if all(token == pad for token in ids[1:]):
+        raise UserError(
+            f"{what} has {len(ids)} tokens and those behind the first are pads ({pad}), which have no score; fill it "
+            "in or drop the row"
+        )
 
 
 def scored_sequence(ids: Sequence[int], pad: int | None) -> dict[str, list[Any]]:
     """The text as `collate.pack` takes it, with the one token in the loss whose score is the text's: the last that is
-    not `pad`, though nothing is padded here. Where the end token is the pad that is the token before it."""
-    scored = _scored_place(ids, pad)
+    not `pad`, though nothing is padded here. Where the end token is the pad that is the token before it.
+
+    With nothing but pads behind the first token it is the second (transformers' is the first, which is never in a
+    loss): a policy that samples such a completion does not end the run.
+    """
+    scored = next((place for place in reversed(range(2, len(ids))) if ids[place] != pad), 1)
     return {"tokens": list(ids), "loss_mask": [place == scored for place in range(len(ids))]}
-
-
-def _scored_place(ids: Sequence[int], pad: int | None) -> int:
-    return next((place for place in reversed(range(len(ids))) if ids[place] != pad), 0)

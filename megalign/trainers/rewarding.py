@@ -77,7 +77,7 @@ class RewardModel:
         architecture = self.engine.architecture
         check_tokens(ids, architecture.vocab_size)
         pad = pad_of(special_tokens_of(self._tokenizer), architecture.pad_token_id)
-        check_scored(ids, pad, f"what reward model {self.name} reads of prompt and completion")
+        check_scored(ids, None, f"what reward model {self.name} reads of prompt and completion")
         return scored_sequence(ids, pad)
 
 

@@ -256,6 +256,9 @@ def test_rewards_score_is_that_of_the_last_token_which_is_no_pad() -> None:
     row = {"chosen_ids": [5, 6, 2, 2], "rejected_ids": [2, 5, 2, 8]}
     masks = [sequence["loss_mask"] for sequence in sequences_of_reward_pair(row, pad=2)]
     assert masks == [[False, True, False, False], [False, False, False, True]]
+    pads = {"chosen_ids": [5, 2, 2], "rejected_ids": [2, 2]}
+    masks = [sequence["loss_mask"] for sequence in sequences_of_reward_pair(pads, pad=2)]
+    assert masks == [[False, True, False], [False, True]]
     rows = Dataset.from_list([row, {"chosen_ids": [5, 6], "rejected_ids": [5, 2, 2]}])
     with pytest.raises(UserError, match=r"row 1: its rejected has 3 tokens and those .* are pads \(2\)"):
         prepare_reward_pairs(rows, None, RewardConfig(), pad=2)
