@@ -54,6 +54,9 @@ def join(backend: str, timeout_s: float | None = None) -> None:
     import torch
     import torch.distributed as dist
 
+    from megalign.patches import gloo
+
+    gloo.await_at_exit()
     dist.init_process_group(backend, timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
     # On the CPU: dist.barrier() may take NCCL, which then keeps memory for it.
     dist.all_reduce(torch.zeros(1))

@@ -189,6 +189,7 @@ def start_distributed(timeout_s: float) -> None:
     """Joins the job that torchrun or Slurm describes in the environment; alone, makes a job of one rank."""
     if dist.is_initialized():
         launch.keep_order(dist.get_world_size())
+        gloo.await_at_exit()
         device.select_device()
         if "cpu" not in dist.get_backend_config():
             raise UserError(

@@ -1,10 +1,13 @@
-"""One polling thread for all of a process's gloo groups."""
+"""gloo's threads: one that polls for all groups of a process, and none with a tensor in its hands when Python ends."""
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import ProcessGroupGloo, distributed_c10d
@@ -45,3 +48,41 @@ def _devices() -> list[Any]:
     if names:
         return [ProcessGroupGloo.create_device(interface=name) for name in names]
     return [ProcessGroupGloo.create_default_device()]
+
+
+def await_at_exit() -> None:
+    """Before the interpreter ends, gloo's threads have let go of what they worked on; a second call changes nothing.
+
+    A thread tells whoever waits for a collective that it is done, and lets go of its tensors after that, for which it
+    needs the interpreter. Where that has begun to end, CPython ends the thread instead, inside of a destructor that
+    may not throw, and so the process, with status 134 and "terminate called without an active exception": a run that
+    was good and whose last collective stood near its end. torch 2.13, csrc/PyInterpreter.cpp, asks Py_IsInitialized(),
+    which an interpreter that is ending still is (pytorch issue 190489). Goes when torch asks for that as well.
+    """
+    atexit.unregister(_await_threads)
+    atexit.register(_await_threads)
+
+
+def _await_threads(seconds: float = 5.0) -> None:
+    """Returns when no thread of gloo's has moved between two looks; where there is no /proc, at once."""
+    end, before = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        now = _looked_at()
+        # One that waits for the interpreter sleeps as well; but it has been woken by the pause, and sleeps again since.
+        if now == before and all(state.startswith("S") for state, *_ in now.values()):
+            return
+        before = now
+        time.sleep(0.001)
+
+
+def _looked_at() -> dict[str, list[str]]:
+    """By thread of a group: its state, and how often it has gone to sleep and was put to sleep."""
+    found = {}
+    for thread in Path("/proc/self/task").glob("*/status"):
+        try:
+            told = dict(line.split(":\t", 1) for line in thread.read_text().splitlines() if ":\t" in line)
+        except OSError:  # it has just ended
+            continue
+        if told["Name"] == "pt_gloo_runloop":
+            found[str(thread)] = [told["State"], told["voluntary_ctxt_switches"], told["nonvoluntary_ctxt_switches"]]
+    return found

@@ -31,8 +31,6 @@ found, wanted = engine_logprobs(sys.argv[1], ONE_RANK, MICROBATCHES), reference_
 attention = make_engine(sys.argv[1], ONE_RANK)._models[0].decoder.layers[-1].self_attention.core_attention
 print("attention", type(attention).__name__)
 print("worst", max(float((found[i] - wanted[i]).abs().max()) for i in wanted))
-from megalign.parallel.groups import end_distributed
-end_distributed()
 """
 
 
