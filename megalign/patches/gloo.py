@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -54,25 +55,28 @@ def await_at_exit() -> None:
     """Before the interpreter ends, gloo's threads have let go of what they worked on; a second call changes nothing.
 
     A thread tells whoever waits for a collective that it is done, and lets go of its tensors after that, for which it
-    needs the interpreter. Where that has begun to end, CPython ends the thread instead, inside of a destructor that
-    may not throw, and so the process, with status 134 and "terminate called without an active exception": a run that
-    was good and whose last collective stood near its end. torch 2.13, csrc/PyInterpreter.cpp, asks Py_IsInitialized(),
-    which an interpreter that is ending still is (pytorch issue 190489). Goes when torch asks for that as well.
+    needs the interpreter. It asks whether there still is one (torch 2.13, csrc/PyInterpreter.cpp), and waits for it.
+    If the interpreter begins to end while it waits, CPython ends the thread, inside of a destructor that may not throw,
+    and so the process, with status 134 and "terminate called without an active exception": a run that was good, and
+    whose last collective stood near its end. Goes when torch does without the wait (pytorch issue 190489).
     """
     atexit.unregister(_await_threads)
     atexit.register(_await_threads)
 
 
-def _await_threads(seconds: float = 5.0) -> None:
-    """Returns when no thread of gloo's has moved between two looks; where there is no /proc, at once."""
-    end, before = time.monotonic() + seconds, None
-    while time.monotonic() < end:
+def _await_threads(looks: int = 500) -> None:
+    """Returns when no thread of gloo's has moved between two looks; where there is no /proc, at once.
+
+    Looks are counted, not seconds: after a stall of the machine the threads need as long as ever.
+    """
+    before = None
+    for _ in range(looks):
         now = _looked_at()
-        # One that waits for the interpreter sleeps as well; but it has been woken by the pause, and sleeps again since.
         if now == before and all(state.startswith("S") for state, *_ in now.values()):
             return
         before = now
-        time.sleep(0.001)
+        # Who waits for the interpreter wakes once in an interval, so that it has moved, whoever gets it.
+        time.sleep(2 * sys.getswitchinterval())
 
 
 def _looked_at() -> dict[str, list[str]]:

@@ -80,7 +80,7 @@ def slow_to_make(directory: str, seconds: float) -> tuple[list[dict[str, object]
 
     started = time.monotonic()
     set_timeout, usual = dist.distributed_c10d._set_pg_timeout, datetime.timedelta(seconds=300)
-    set_timeout(datetime.timedelta(seconds=3), dist.group.WORLD)
+    set_timeout(datetime.timedelta(seconds=6), dist.group.WORLD)
     try:
         rows = once_per_job(make, directory).to_list()
     finally:
@@ -89,8 +89,9 @@ def slow_to_make(directory: str, seconds: float) -> tuple[list[dict[str, object]
 
 
 def test_rows_may_take_longer_than_a_collective_may(tmp_path: Path) -> None:
-    for rows, seconds in run_ranks(2, slow_to_make, str(tmp_path), 5.0, fresh=True):
-        assert rows == ROWS and seconds > 5
+    first, second = run_ranks(2, slow_to_make, str(tmp_path), 8.0, fresh=True)
+    assert first[0] == second[0] == ROWS
+    assert first[1] > 8  # the other may have come late
 
 
 # ---- what rows are known by

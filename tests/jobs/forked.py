@@ -26,7 +26,11 @@ class ForkedJob:
 
     def process(self, rank: int) -> int | None:
         """The number of a rank's process, once the other ranks can know it."""
-        return self._processes[rank].pid if list(self._place.rglob(f"megalign-*.ranks/{rank}")) else None
+        try:
+            known = list(self._place.rglob(f"megalign-*.ranks/{rank}"))
+        except FileNotFoundError:  # the last rank has just cleared up
+            known = []
+        return self._processes[rank].pid if known else None
 
     def wait(self, timeout: float) -> list[int | None]:
         """The ranks' statuses; None of one that still runs after so many seconds."""

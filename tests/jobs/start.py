@@ -108,8 +108,11 @@ def _started(
 
 def end_with_children(process: subprocess.Popen[bytes]) -> None:
     """Whatever it has started, one by one: torchrun gives each rank a session of its own."""
+    family: list[psutil.Process | subprocess.Popen[bytes]] = [process]
     with contextlib.suppress(psutil.NoSuchProcess):
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        family = [*psutil.Process(process.pid).children(recursive=True), process]
+    for one in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
 

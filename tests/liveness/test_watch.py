@@ -92,7 +92,7 @@ exec({
     "reports": "report_error('wrong') if rank == 1 else time.sleep(60)",
     "breaks": "rank == 1 and setattr(liveness.watch._watch._node, 'dead', lambda: {}[7]); time.sleep(60)",
     "fails": "dies_unseen() if rank == 0 else fails_in_a_stall()",
-    "stands": "exec('with liveness.limited(1, \\"out\\"): time.sleep(60)')",
+    "stands": "exec('with liveness.limited(4, \\"out\\"): time.sleep(60)')",
 }[how.split()[-1]])
 """
 
@@ -240,7 +240,7 @@ def test_standing_still_leaves_every_ranks_stack(nodes: int, tmp_path: Path) -> 
     with ranks("joined stands", tmp_path, nodes=nodes) as job:
         assert job.statuses() == [1, 1, 1]
     lines = error_lines(job.stderr)
-    assert lines and all("has stood still for 1 s (ddp_timeout) at " in line for line in lines), job.stderr
+    assert lines and all("has stood still for 4 s (ddp_timeout) at " in line for line in lines), job.stderr
     for rank in range(3):
         stack = (tmp_path / "out" / "stacks" / f"rank_{rank:05d}.txt").read_text()
         assert f"rank {rank}, process {job.processes[rank].pid} on " in stack

@@ -49,8 +49,8 @@ def test_groups_share_a_thread_and_nothing_else() -> None:
         assert threads == 1
 
 
-# Linked before the C++ library: a thread of gloo's is held up where it has told that a collective is done, until the
-# interpreter is about to end, or for a second where it does not.
+# Linked before the C++ library: a thread of gloo's is held up where it has told for the second time, which is heard by
+# who waits, that a collective is done; until the interpreter is about to end, or for so many seconds.
 HOLD_UP = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -59,6 +59,8 @@ HOLD_UP = r"""
 #include <time.h>
 
 volatile int hold_up = 0;
+
+static int told = 0;
 
 static double now(void) {
   struct timespec t;
@@ -70,8 +72,8 @@ void _ZNSt18condition_variable10notify_allEv(void *self) {
   char name[32] = "";
   ((void (*)(void *))dlsym(RTLD_NEXT, "_ZNSt18condition_variable10notify_allEv"))(self);
   pthread_getname_np(pthread_self(), name, sizeof name);
-  if (strcmp(name, "pt_gloo_runloop") != 0) return;
-  for (double end = now() + 1; now() < end && hold_up;) {}
+  if (strcmp(name, "pt_gloo_runloop") != 0 || !hold_up || ++told != 2) return;
+  for (double end = now() + hold_up; now() < end && hold_up;) {}
 }
 """
 LAST_ACT = """
@@ -95,11 +97,13 @@ def about_to_end():  # the last to be called; keeps the interpreter to itself
 
 launch.prepare_environment()
 launch.join("gloo")
+seconds = 1
 if sys.argv[1:] == ["unguarded"]:
     from megalign.patches import gloo
     atexit.unregister(gloo._await_threads)
+    seconds = 60
 late, values = Late(), torch.zeros(1)
-hold_up.value = 1
+hold_up.value = seconds
 dist.all_reduce(values)
 print("reduced", flush=True)
 """
