@@ -19,7 +19,7 @@ from megalign.rollout.redistribute import redistribute
 from megalign.train_engine import TrainEngine
 from tests.layouts import Layout
 from tests.ranks import run_ranks
-from tests.tiny import LONGROPE, save_tiny_model
+from tests.tiny import LONGROPE, YARN_ROPE, save_tiny_model
 
 TEMPERATURE = 0.7
 PROMPTS = [[1, 5 + i, 17, 40 + 3 * i, 9][: 2 + i % 4] for i in range(9)]
@@ -35,16 +35,21 @@ LATENT = {
     "head_dim": 64,
     "v_head_dim": 32,
 }
+# Keys of other families, which transformers ignores there and vLLM would obey.
+OF_OTHERS = {"sliding_window": 8, "logit_scale": 0.5, "bias": True, "qkv_bias": True}
 OF_A_FAMILY = {
+    "llama": ORDINARY | OF_OTHERS,
+    "glm4": ORDINARY | {"sliding_window": 8},
     # 24 of 32 dims are rotated. vLLM takes the long factors for all sequences if LIMIT is past the original length.
     "phi3": ORDINARY
     | {
         "original_max_position_embeddings": LIMIT,
         "rope_parameters": LONGROPE
-        | {"short_factor": [1 + i / 4 for i in range(12)], "long_factor": [2.0 + i for i in range(12)]},
+        | {"short_factor": [1 + i / 4 for i in range(12)], "long_factor": [2.0 + i for i in range(12)]}
+        | {"attention_factor": 1.5, "short_mscale": 1.2},
     },
     "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
+    "deepseek_v3": LATENT | {"rope_parameters": {key: YARN_ROPE[key] for key in YARN_ROPE if key != "mscale"}},
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import random
 import uuid
@@ -29,8 +30,8 @@ from megalign.errors import UserError
 from megalign.parallel.groups import ParallelGroups
 from megalign.patches import vllm as vllm_patches
 from megalign.rollout.engine import GenerationParams
-from megalign.rollout.failing import failing_after
-from megalign.rollout.vllm_model import check_model, router_fields
+from megalign.rollout.failing import EngineError, failing_after
+from megalign.rollout.vllm_model import check_model, config_fields
 from megalign.rollout.vllm_sampling import check_names, sampling_params
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class VllmEngine:
         try:
             return self._vllm.LLM(
                 model=model_path,
-                hf_overrides=router_fields(architecture),
+                hf_overrides=config_fields(architecture),
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=args.vllm_tensor_parallel_size,
                 enable_expert_parallel=args.vllm_enable_expert_parallel,
@@ -250,11 +251,19 @@ def _completion(index: int, output: Any, policy_version: int) -> Completion:
     sample = output.outputs[0]
     token_ids = list(sample.token_ids)
     assert sample.finish_reason in ("stop", "length"), f"completion {index} ended by {sample.finish_reason}"
+    logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
+    # A single one vLLM may not know, which the losses allow for; a model that is broken stays so to the end.
+    if logprobs and math.isnan(logprobs[-1]):
+        first = next(place for place in range(len(logprobs)) if all(map(math.isnan, logprobs[place:])))
+        raise EngineError(
+            f"NaN is the logprob of token {first} of completion {index} and of all behind it: the model's logits are "
+            "no numbers"
+        )
     return Completion(
         index=index,
         prompt_ids=list(output.prompt_token_ids),
         completion_ids=token_ids,
-        logprobs=[step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)],
+        logprobs=logprobs,
         finish_reason=sample.finish_reason,
         policy_version=policy_version,
     )
