@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -119,14 +118,15 @@ class ExperienceMaker:
         ]
 
     def dealt_anew(self, parts: Sequence[Minibatch]) -> Minibatch:
-        """One step's minibatch on this replica, from those of all the replicas of an earlier layout, in their order."""
+        """One step's minibatch on this replica, from those of all the replicas of an earlier layout."""
         sequences = [
             sequence
-            for row in zip_longest(*(part.batches for part in parts))  # microbatches were dealt out round by round
-            for batch in row
-            if batch is not None
+            for part in parts
+            for batch in part.batches
             for sequence in zip(unpack(batch), _rows_of_sequences(batch), strict=True)
         ]
+        # As they were dealt out first: at the same layout they make the same microbatches again.
+        sequences.sort(key=lambda sequence: sequence[0]["index"])
 
         def sequences_of(some: list[int]) -> list[dict[str, Any]]:
             return [sequences[number][0] for number in some]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -44,6 +45,9 @@ class OnlineTrainer(Trainer):
     schedule: list[Minibatch]  # optimizer steps of the current round that are still to come
     refill: Refill | None = None  # dynamic sampling
     corrects_sampler = False  # whether losses are weighed by the trainer's probability over the sampler's
+    scores_end_tokens = (
+        False  # whether reward models read the token that ended a completion: TRL's GRPO decodes without
+    )
 
     def __init__(
         self,
@@ -113,7 +117,11 @@ class OnlineTrainer(Trainer):
     def make_parts(self) -> None:
         """Reward functions that are found, a weight for each, and vLLM."""
         self.rewards, self.reward_weights = weighted_rewards(
-            self.reward_sources(), self.args, self.groups, self._reward_tokenizers
+            self.reward_sources(),
+            self.args,
+            self.groups,
+            self._reward_tokenizers,
+            end_tokens_of=self.processing_class if self.scores_end_tokens else None,
         )
         models = {f"reward model {model.name}": model.path for model in self.rewards.models.values()}
         refuse_same_directory(self.args.output_dir, models)
@@ -300,8 +308,10 @@ class OnlineTrainer(Trainer):
         return prepare_prompts(dataset, self.processing_class, self.args, **limits, skipped=skipped)
 
     def loop_state(self) -> dict[str, Any]:
-        """Where dynamic sampling stands in the prompts."""
-        return {} if self.refill is None else {"refill": self.refill.state_dict()}
+        """Where dynamic sampling stands in the prompts, and the round's table until a line is due."""
+        # As text: what reward functions add to it may be anything, and a checkpoint holds plain values.
+        state = {"table": json.dumps(self._table, default=str)}
+        return state if self.refill is None else {**state, "refill": self.refill.state_dict()}
 
     def replica_state(self) -> list[dict[str, Any]]:
         """The optimizer steps that were sampled for but not yet taken."""
@@ -312,6 +322,7 @@ class OnlineTrainer(Trainer):
         self.sampling.policy_changed()
         schedules = [[Minibatch.from_state(minibatch) for minibatch in schedule] for schedule in replicas]
         self.schedule = [self.experience.dealt_anew(parts) for parts in zip(*schedules, strict=True)]
+        self._table = json.loads(state["table"])
         if self.refill is not None:
             self.refill.load_state_dict(state["refill"])
 

@@ -167,19 +167,28 @@ def test_every_layout_learns_the_same(model: str, tmp_path: Path) -> None:
             assert line == pytest.approx(expected, abs=2e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("budget", [None, 30])
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}, {"data_parallel": 2}], ids=str)
+@pytest.mark.parametrize(("at", "versions"), [(3, [4]), (5, [])])
 def test_a_run_resumed_in_the_middle_of_a_round_is_bitwise_the_uninterrupted_one(
-    world: int, model: str, tmp_path: Path
+    layout: dict[str, int], budget: int | None, at: int, versions: list[int], model: str, tmp_path: Path
 ) -> None:
-    common = {"max_steps": 8, "steps_per_generation": 2, "num_iterations": 2, "save_strategy": "steps"}
-    common |= {"save_steps": 3, "logging_steps": 2, "pipeline_model_parallel_size": world}
+    layout = dict(layout)
+    world = max([1, layout.pop("data_parallel", 1), *layout.values()])
+    common = {"max_steps": 8, "steps_per_generation": 2, "num_iterations": 2, "save_strategy": "steps", **layout}
+    common |= {"save_steps": at, "logging_steps": 2, "log_completions": True, "max_tokens_per_microbatch": budget}
     whole = {"output_dir": str(tmp_path / "whole"), **common}
     parts = {"output_dir": str(tmp_path / "parts"), **common}
     expected = run_ranks(world, train_grpo, model, ROWS, whole)[0]
-    run_ranks(world, train_grpo, model, ROWS, parts, {"stop": StopAt(3)})
+    run_ranks(world, train_grpo, model, ROWS, parts, {"stop": StopAt(at)})
     second = run_ranks(world, train_grpo, model, ROWS, parts, {"resume": "latest"})[0]
     assert second["digest"] == expected["digest"]
-    assert second["versions"] == [4]  # the first round's last step needs no new completions
+    assert second["versions"] == versions  # a round's last steps need no new completions
+    tables = [
+        {path.name: repr(pq.read_table(path).to_pydict()) for path in (tmp_path / name).glob("completions/*.parquet")}
+        for name in ("parts", "whole")
+    ]
+    assert tables[0] == tables[1] and len(tables[0]) == 2
     lines = [without_times(line) for line in metric_lines(tmp_path / "parts")]
     assert lines == [without_times(line) for line in metric_lines(tmp_path / "whole")]
 
