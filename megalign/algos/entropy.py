@@ -32,8 +32,13 @@ def entropy_threshold(entropies: Tensor, top_entropy_quantile: float) -> Tensor:
 
 
 def high_entropy_mask(entropies: Tensor, loss_mask: Tensor, threshold: Tensor | float) -> Tensor:
-    """[T], [T] -> [T] bool, the loss tokens whose entropy reaches the threshold: the column `entropy_mask`."""
-    return loss_mask & (entropies >= threshold)
+    """[T], [T] -> [T] bool, the loss tokens whose entropy reaches the threshold: the column `entropy_mask`.
+
+    The first tokens of a prompt's completions have one entropy, which each layout rounds in its own way: what lies
+    within 1e-5 of the threshold reaches it, so that all of them are in or none is.
+    """
+    threshold = torch.as_tensor(threshold, dtype=entropies.dtype, device=entropies.device)
+    return loss_mask & (entropies >= threshold - 1e-5 * (1 + threshold.abs()))
 
 
 def bonus_mask(batch: Batch, *, top_entropy_quantile: float) -> Tensor:

@@ -18,6 +18,8 @@ from megalign.trainers.sampling import Sampled
 
 Draw = Callable[[list[dict[str, Any]], int], Sampled]  # prompts, number of the drawing in its round
 
+_FAR = 2**32
+
 
 class Refill:
     """Fills a round with groups that have a variance, from a stream of prompts of its own."""
@@ -33,9 +35,8 @@ class Refill:
 
         The further prompts are drawn in an order of their own, so that an epoch still sees each row once at least.
         """
-        sampler = EpochSampler(
-            len(prompts), num_groups, seed=self._args.data_order_seed + 1, shuffle=True, drop_last=True
-        )
+        seed = self._args.data_order_seed + _FAR  # the training's epoch e takes data_order_seed + e
+        sampler = EpochSampler(len(prompts), num_groups, seed=seed, shuffle=True, drop_last=True)
         sampler.load_state_dict(self._position)
         drawn, limit = [first], self._args.dynamic_sampling_max_rounds
         while len(kept := self._informative(drawn)) < num_groups and len(drawn) < limit:

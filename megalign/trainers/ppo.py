@@ -42,6 +42,7 @@ class PPOTrainer(OnlineTrainer):
     config_class = PPOConfig
     refused_arguments = ONLINE_REFUSED
     data_fields = (*OnlineTrainer.data_fields, "num_mini_batches")
+    scores_end_tokens = True
 
     def __init__(
         self,
@@ -241,9 +242,8 @@ class PPOTrainer(OnlineTrainer):
             return super().take_step(minibatch)
         noted = minibatch.metrics
         loss = self.args.vf_coef * noted["loss/value_avg"]
-        self.run.window.add({"loss": loss})
+        self.run.count_loss(loss)
         self.run.window.set(grad_norm=noted["critic_grad_norm"], learning_rate=noted["critic_learning_rate"])
-        self.run.loss_total += loss
         return StepResult(loss=loss, grad_norm=noted["critic_grad_norm"], metrics={}, counts=minibatch.counts)
 
     def loss(self, *inputs: Any) -> Any:

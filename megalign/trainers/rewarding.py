@@ -49,11 +49,12 @@ class RewardModel:
         self.engine = TrainEngine(self.path, self._args, self._groups, trainable=False, score_head=True)
         self.engine.sleep()
 
-    def __call__(self, prompts: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """[N] scores, on every rank; each text is read by one data-parallel replica. Collective."""
+    def __call__(self, prompts: Sequence[Any], texts: Sequence[str], ends: Sequence[str | None]) -> Tensor:
+        """[N] scores, on every rank; each text, with the end token that it has in `ends`, is read by one data-parallel
+        replica. Collective."""
 
         def sequences_of(part: list[int]) -> list[dict[str, list[Any]]]:
-            return [self._sequence(prompts[i], texts[i]) for i in part]
+            return [self._sequence(prompts[i], texts[i], ends[i]) for i in part]
 
         micro_batch = self._args.per_device_train_batch_size
         share = packed_share(range(len(texts)), sequences_of, self._groups, micro_batch=micro_batch)
@@ -68,12 +69,16 @@ class RewardModel:
             raise UserError(f"reward model {self.path} scores completion {worst} as {scores[worst]}; check its weights")
         return scores
 
-    def _sequence(self, prompt: Any, text: str) -> dict[str, list[Any]]:
+    def _sequence(self, prompt: Any, text: str, end: str | None) -> dict[str, list[Any]]:
         if is_conversation(prompt):
             messages = [*as_messages(prompt), {"role": "assistant", "content": text}]
             ids = chat_ids(self._tokenizer, messages, options=self._args.chat_template_kwargs or {})
         else:
             ids = self._tokenizer(text=prompt + text, add_special_tokens=False)["input_ids"]
+            if end is not None:  # a chat template ends a message itself
+                known = end in self._tokenizer.all_special_tokens
+                own = self._tokenizer.convert_tokens_to_ids(end) if known else self._tokenizer.eos_token_id
+                ids += [] if own is None else [own]
         architecture = self.engine.architecture
         check_tokens(ids, architecture.vocab_size)
         pad = pad_of(special_tokens_of(self._tokenizer), architecture.pad_token_id)
@@ -85,8 +90,16 @@ class Rewarding:
     """What all of the job's completions are worth, by each function and model; every rank gets the table."""
 
     def __init__(
-        self, chosen: Sequence[Any], args: Any, groups: ParallelGroups, tokenizers: Sequence[Any] | None = None
+        self,
+        chosen: Sequence[Any],
+        args: Any,
+        groups: ParallelGroups,
+        tokenizers: Sequence[Any] | None = None,
+        *,
+        end_tokens_of: Any = None,
     ) -> None:
+        """`end_tokens_of`: the policy's tokenizer, where reward models read the end token of a completion as well."""
+        self._end_tokens_of = end_tokens_of
         given = tokenizers or [None] * len(chosen)
         self.models = {
             place: RewardModel(str(what), args, groups, tokenizer)
@@ -115,17 +128,30 @@ class Rewarding:
         if self._runner is not None:
             found = self._runner(completions, prompts, texts, **options)
         columns = iter(found.rewards.unbind(dim=1))
+        ends = [self._end_of(completion) for completion in completions]
         table = [
-            self.models[place](prompts, texts) if place in self.models else next(columns)
+            self.models[place](prompts, texts, ends) if place in self.models else next(columns)
             for place in range(len(self.names))
         ]
         return replace(found, rewards=torch.stack(table, dim=1))
 
+    def _end_of(self, completion: Completion) -> str | None:
+        """The special token that a completion ended with, which its text does not show."""
+        tokenizer, ids = self._end_tokens_of, completion.completion_ids
+        if (
+            tokenizer is None
+            or completion.finish_reason != "stop"
+            or not ids
+            or ids[-1] not in tokenizer.all_special_ids
+        ):
+            return None
+        return tokenizer.convert_ids_to_tokens(ids[-1])
+
 
 def weighted_rewards(
-    chosen: Sequence[Any], args: Any, groups: ParallelGroups, tokenizers: Any = None
+    chosen: Sequence[Any], args: Any, groups: ParallelGroups, tokenizers: Any = None, *, end_tokens_of: Any = None
 ) -> tuple[Rewarding, Tensor]:
-    """What scores completions, the penalty of overlong ones among it, and the weight of each part."""
+    """What scores completions, the penalty of overlong ones among it, and the weight of each part; see Rewarding."""
     chosen, weights = list(chosen), list(args.reward_weights or [1.0] * len(chosen))
     if len(weights) != len(chosen):
         raise UserError(f"reward_weights has {len(weights)} values for {len(chosen)} reward functions; give one each")
@@ -140,7 +166,7 @@ def weighted_rewards(
         chosen.append(get_soft_overlong_punishment(args.max_completion_length, args.overlong_buffer_length))
         weights.append(args.overlong_penalty)
         tokenizers = None if tokenizers is None else [*tokenizers, None]
-    return Rewarding(chosen, args, groups, tokenizers), torch.tensor(weights)
+    return Rewarding(chosen, args, groups, tokenizers, end_tokens_of=end_tokens_of), torch.tensor(weights)
 
 
 def is_model(reward: Any) -> bool:

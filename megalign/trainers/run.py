@@ -123,14 +123,19 @@ class Run:
     def count_result(self, result: StepResult, learning_rate: float) -> None:
         """What an optimizer step did, into the window; one that was skipped is told of at once."""
         self.skips.count(result, self.state.global_step + 1)
-        self.window.add({"loss": result.loss, **result.metrics})
+        self.count_loss(result.loss)
+        self.window.add(result.metrics)
         self.window.set(grad_norm=result.grad_norm, learning_rate=learning_rate)
         self._pipeline_wait_s = result.pipeline_wait_s
+
+    def count_loss(self, loss: float) -> None:
+        """A step's loss, and how many steps were skipped until then."""
+        self.window.add({"loss": loss})
         if self.skips.total:
             self.window.set(skipped_steps=self.skips.total)
         # A line shows a loss that was not finite; the mean of the whole run is of the others.
-        if math.isfinite(result.loss):
-            self.loss_total, self.num_losses = self.loss_total + result.loss, self.num_losses + 1
+        if math.isfinite(loss):
+            self.loss_total, self.num_losses = self.loss_total + loss, self.num_losses + 1
 
     def count_flops(self, flops: float) -> None:
         """Of the step's update, for this rank."""

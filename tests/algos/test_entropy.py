@@ -45,6 +45,13 @@ def test_a_threshold_by_hand() -> None:
     assert high_entropy_mask(entropies, mask, 2.0).tolist() == [True, False, False, True, False]
 
 
+def test_equal_entropies_are_all_in_or_out_however_they_are_rounded() -> None:
+    entropies = torch.tensor([4.3, 4.3 + 5e-7, 4.3 - 1e-6, 4.2])
+    threshold = entropy_threshold(entropies, 0.0)
+    mask = high_entropy_mask(entropies, torch.ones(4, dtype=torch.bool), threshold)
+    assert mask.tolist() == [True, True, True, False]
+
+
 def test_more_tokens_than_torchs_quantile_takes() -> None:
     entropies = torch.zeros(2**24 + 2)
     entropies[-1] = 1.0

@@ -55,8 +55,9 @@ def train(model: str, fields: dict[str, Any], given: dict[str, Any] | None = Non
     with before():
         start = {name: tensor.clone() for name, tensor in trainer.critic.gathered()}
     log = watch_critic(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    output = trainer.train(resume_from_checkpoint=resume)
     return {
+        "train_loss": output.training_loss,
         "digests": (digest(fields["output_dir"]), digest(f"{fields['output_dir']}/critic")),
         "critic_at_start": start,
         "log": log,
@@ -119,6 +120,7 @@ def test_in_the_warm_up_the_critic_learns_alone(model: str, tmp_path: Path) -> N
     assert [line["learning_rate"] for line in lines] == [0.02, 0.02, 0.01]
     assert [line["critic_learning_rate"] for line in lines] == [0.02] * 3
     assert lines[0]["loss"] == pytest.approx(0.1 * lines[0]["loss/value_avg"])
+    assert result["train_loss"] == pytest.approx(sum(line["loss"] for line in lines) / 3)
 
 
 def test_an_adaptive_coefficient_moves_with_the_measured_kl(model: str, judge: str, tmp_path: Path) -> None:

@@ -107,6 +107,42 @@ def test_pads_at_the_end_are_not_scored_as_in_transformers(judge: str, tmp_path:
     assert torch.allclose(rewards[:, 0], torch.tensor(wanted), atol=1e-4)
 
 
+def scored_to_their_ends(judge: str) -> list[float]:
+    groups, tokenizer = groups_of(ONE_RANK), AutoTokenizer.from_pretrained(judge)
+    rewarding = Rewarding([judge], GRPOConfig(**grpo_fields(output_dir="unused")), groups, end_tokens_of=tokenizer)
+    rewarding.load()
+    completions = [
+        Completion(
+            index=i,
+            prompt_ids=[5, 6],
+            completion_ids=ids,
+            logprobs=[-1.0] * len(ids),
+            finish_reason=finish,
+            policy_version=0,
+        )
+        for i, (ids, finish) in enumerate(ENDED)
+    ]
+    texts = tokenizer.batch_decode([ids for ids, _ in ENDED], skip_special_tokens=True)
+    return rewarding(completions, ["t5 t6 "] * len(ENDED), texts, group_size=1).rewards[:, 0].tolist()
+
+
+# By its end token, cut off, by a stop token that is text, cut off at an end token of no effect (ignore_eos).
+ENDED = [([40, 50, 60, 2], "stop"), ([40, 50, 60], "length"), ([40, 50], "stop"), ([40, 2], "length")]
+
+
+def test_ppos_reward_model_reads_the_end_token_as_in_trl(judge: str) -> None:
+    from trl.experimental.utils import get_reward
+
+    model = AutoModelForSequenceClassification.from_pretrained(judge, attn_implementation="eager").eval()
+    wanted = []
+    for ids, _ in [*ENDED[:3], ([40], "")]:
+        query_response = torch.tensor([[5, 6, *ids, 0]])  # of pads TRL has one at least
+        wanted.append(get_reward(model, query_response, 0, 2)[1].item())
+    (found,) = run_ranks(1, scored_to_their_ends, judge)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert abs(found[0] - found[1]) > 1e-2
+
+
 def test_rewards_of_one_name_are_told_apart(judge: str, tmp_path: Path) -> None:
     for place in "ab":
         shutil.copytree(judge, tmp_path / place / "judge")
@@ -173,7 +209,7 @@ def read_by_judge(judge: str, fields: dict[str, Any]) -> str:
     tokenizer.chat_template = "{% if thinks %}t7 {% endif %}{{ messages[0].content }} {{ messages[1].content }}"
     model = Rewarding([judge], args, groups_of(ONE_RANK), [tokenizer]).models[0]
     model.load()
-    return tokenizer.decode(model._sequence(prompt, "t5")["tokens"])
+    return tokenizer.decode(model._sequence(prompt, "t5", None)["tokens"])
 
 
 def test_the_templates_options_reach_a_reward_model(judge: str) -> None:
