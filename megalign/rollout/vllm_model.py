@@ -70,8 +70,8 @@ def _rope_fields(architecture: Architecture, scaling: Mapping[str, Any]) -> dict
     """What multiplies sines and cosines, in the one way of saying it that vLLM heeds."""
     rope = {"rope_theta": architecture.rotary_base, "partial_rotary_factor": architecture.rotary_percent, **scaling}
     if scaling["rope_type"] == "longrope":
-        # It looks at neither factor nor attention_factor.
-        factor = rope.pop("attention_factor")
+        # Its own layers look at neither factor nor attention_factor; those of vllm_model_impl="transformers" do.
+        factor = scaling["attention_factor"]
         return {"rope_parameters": {**rope, "short_mscale": factor, "long_mscale": factor}}
     if architecture.mla is None:
         return {}

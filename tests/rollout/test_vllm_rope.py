@@ -12,7 +12,7 @@ from megalign.errors import UserError
 from megalign.rollout.failing import EngineError
 from megalign.rollout.vllm_engine import _completion
 from megalign.rollout.vllm_model import check_rope, config_fields
-from tests.tiny import CONFIGS, YARN_ROPE
+from tests.tiny import CONFIGS, LONGROPE, YARN_ROPE
 
 
 @pytest.mark.parametrize(("limit", "told"), [(None, "length 128 is past.*16.*16 or less"), (17, "length 17 is past")])
@@ -51,6 +51,12 @@ def test_vllms_latent_attention_scales_as_transformers_does(
     assert growth(told["mscale"]) / growth(told["mscale_all_dim"]) == pytest.approx(wanted)
     assert told["mscale_all_dim"] == (all_dim or 0)
     assert told["rope_theta"] == YARN_ROPE["rope_theta"] and told["factor"] == factor
+
+
+def test_longropes_magnitude_is_said_in_vllms_words_and_in_transformers() -> None:
+    rope = {**LONGROPE, "attention_factor": 1.5, "short_mscale": 1.2}
+    told = config_fields(architecture_of({**CONFIGS["phi3"]().to_dict(), "rope_parameters": rope}))["rope_parameters"]
+    assert told["short_mscale"] == told["long_mscale"] == told["attention_factor"] == 1.5
 
 
 @pytest.mark.parametrize(
