@@ -68,16 +68,18 @@ def _read_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any]) -> float:
-    """YaRN, arXiv 2309.00071 eq. 22; what cos and sin are multiplied by."""
+    """What cos and sin are multiplied by, with YaRN."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
 
-    def growth(weight: float) -> float:
-        return 1.0 if rope["factor"] <= 1 else 0.1 * weight * math.log(rope["factor"]) + 1.0
-
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return growth(rope["mscale"]) / growth(rope["mscale_all_dim"])
-    return growth(1.0)
+        return yarn_growth(rope["factor"], rope["mscale"]) / yarn_growth(rope["factor"], rope["mscale_all_dim"])
+    return yarn_growth(rope["factor"], 1.0)
+
+
+def yarn_growth(factor: float, weight: float) -> float:
+    """YaRN, arXiv 2309.00071 eq. 22: the magnitude at this extension, with a weight of its logarithm."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _longrope_attention_factor(rope: Mapping[str, Any], extension: float, original: int) -> float:

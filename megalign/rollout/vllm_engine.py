@@ -254,7 +254,7 @@ def _completion(index: int, output: Any, policy_version: int) -> Completion:
     logprobs = [step[token].logprob for step, token in zip(sample.logprobs, token_ids, strict=True)]
     # A single one vLLM may not know, which the losses allow for; a model that is broken stays so to the end.
     if logprobs and math.isnan(logprobs[-1]):
-        first = next(place for place in range(len(logprobs)) if all(map(math.isnan, logprobs[place:])))
+        first = max((place + 1 for place, logprob in enumerate(logprobs) if not math.isnan(logprob)), default=0)
         raise EngineError(
             f"NaN is the logprob of token {first} of completion {index} and of all behind it: the model's logits are "
             "no numbers"

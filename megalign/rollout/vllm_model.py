@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from megalign.conversion.architecture import Architecture
+from megalign.conversion.rope import yarn_growth
 from megalign.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def _rope_fields(architecture: Architecture, scaling: Mapping[str, Any]) -> dict
         return {}
     # Where one of mscale and mscale_all_dim is missing, it takes 1 and 0; transformers takes neither of them there, but
     # mscale_all_dim for the scores' scale all the same.
-    step = 0.1 * math.log(max(scaling["factor"], 1.0))  # arXiv 2309.00071 eq. 22: 1 + step * mscale
     if scaling["mscale"] is None:
-        wanted = (1 + step) * (1 + step * scaling["mscale_all_dim"])
-        rope["mscale"] = (wanted - 1) / step if step else 1.0
+        of_one, of_scores = (yarn_growth(scaling["factor"], weight) for weight in (1.0, scaling["mscale_all_dim"]))
+        # It divides mscale's growth by mscale_all_dim's, and growth is linear in the weight.
+        rope["mscale"] = (of_one * of_scores - 1) / (of_one - 1) if of_one > 1 else 1.0
     return {"rope_parameters": rope}

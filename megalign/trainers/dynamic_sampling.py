@@ -18,7 +18,7 @@ from megalign.trainers.sampling import Sampled
 
 Draw = Callable[[list[dict[str, Any]], int], Sampled]  # prompts, number of the drawing in its round
 
-_FAR = 2**32
+_FAR = 2**31  # from the training's epochs, within the 32 bits of a seed that torch's CPU generator reads
 
 
 class Refill:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from megalign.parallel.groups import Axis
 from megalign.rollout.failing import EngineError, agree_on_failure, failing_after
+from megalign.rollout.vllm_engine import _completion
 from tests.ranks import run_ranks
 
 
@@ -113,3 +116,17 @@ def told_on_each(causes: list[str | None]) -> str | None:
 )
 def test_one_ranks_failure_is_everybodys(causes: list[str | None], told: str | None) -> None:
     assert run_ranks(2, told_on_each, causes) == [told, told]
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "first"), [([-1.0, math.nan, math.nan], 1), ([math.nan] * 2, 0), ([-1.0, math.nan, -1.0], None)]
+)
+def test_a_model_that_broke_is_told_of_and_an_unknown_logprob_is_not(logprobs: list[float], first: int | None) -> None:
+    steps = [{7: SimpleNamespace(logprob=logprob)} for logprob in logprobs]
+    sample = SimpleNamespace(token_ids=[7] * len(steps), logprobs=steps, finish_reason="length")
+    output = SimpleNamespace(outputs=[sample], prompt_token_ids=[1])
+    if first is None:
+        assert len(_completion(3, output, 0).logprobs) == 3
+        return
+    with pytest.raises(EngineError, match=f"NaN is the logprob of token {first} of completion 3 and of all behind it"):
+        _completion(3, output, 0)

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from megalign.batch import Completion
+from megalign.data.sampler import EpochSampler
 from megalign.rollout.rewards import RewardResult
 from megalign.trainers.dynamic_sampling import Refill
 from megalign.trainers.sampling import Sampled
@@ -104,6 +105,9 @@ def test_the_stream_of_further_prompts_goes_on_where_it_stood() -> None:
     other.load_state_dict(parts.state_dict())
     assert first + prompts_of(other, 3) == whole
     assert len(set(whole[:6])) == 6  # an epoch has each prompt once
+    training = EpochSampler(6, 6, seed=refill()._args.data_order_seed, shuffle=True)
+    orders = [[PROMPTS[row]["prompt"] for row in next(training)] for _ in range(3)]
+    assert whole[:6] not in orders  # theirs is none of the next epochs'
 
 
 def sometimes(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:

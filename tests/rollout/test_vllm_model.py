@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 
 from megalign.conversion.families import architecture_of
 from megalign.errors import UserError
-from megalign.rollout.failing import EngineError
-from megalign.rollout.vllm_engine import _completion
 from megalign.rollout.vllm_model import check_rope, config_fields
 from tests.tiny import CONFIGS, LONGROPE, YARN_ROPE
 
@@ -57,17 +54,3 @@ def test_longropes_magnitude_is_said_in_vllms_words_and_in_transformers() -> Non
     rope = {**LONGROPE, "attention_factor": 1.5, "short_mscale": 1.2}
     told = config_fields(architecture_of({**CONFIGS["phi3"]().to_dict(), "rope_parameters": rope}))["rope_parameters"]
     assert told["short_mscale"] == told["long_mscale"] == told["attention_factor"] == 1.5
-
-
-@pytest.mark.parametrize(
-    ("logprobs", "first"), [([-1.0, math.nan, math.nan], 1), ([math.nan] * 2, 0), ([-1.0, math.nan, -1.0], None)]
-)
-def test_a_model_that_broke_is_told_of_and_an_unknown_logprob_is_not(logprobs: list[float], first: int | None) -> None:
-    steps = [{7: SimpleNamespace(logprob=logprob)} for logprob in logprobs]
-    sample = SimpleNamespace(token_ids=[7] * len(steps), logprobs=steps, finish_reason="length")
-    output = SimpleNamespace(outputs=[sample], prompt_token_ids=[1])
-    if first is None:
-        assert len(_completion(3, output, 0).logprobs) == 3
-        return
-    with pytest.raises(EngineError, match=f"NaN is the logprob of token {first} of completion 3 and of all behind it"):
-        _completion(3, output, 0)
